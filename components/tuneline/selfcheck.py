@@ -131,6 +131,7 @@ def _evaluate() -> str:
     from lm_eval.api.metrics import mean
 
     assert mean([0.0, 1.0]) == 0.5
+    importlib.import_module("tuneline.kernels.inference")
     return f"lm-eval {metadata.version('lm_eval')}"
 
 

@@ -5,6 +5,7 @@ import torch
 
 from tuneline.kernels.decoder.operands import (
     Fp8Operands,
+    StoredOperands,
     WideOperands,
     augmented_input,
     group_operands,
@@ -29,6 +30,7 @@ CASES = {
     "narrow": ((40, 7, False),),
     "bias_alone": ((40, 0, True),),
     "frozen": ((40, 0, False), (88, 0, False)),
+    "frozen_alone": ((40, 0, False),),
     "wide_ranks": ((96, 40, False), (32, 30, True)),
 }
 
@@ -120,11 +122,11 @@ def _activations(group, dtype, generator):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wide_operands(case, dtype, generator, assert_near):
+def test_wide_and_stored_operands(case, dtype, generator, assert_near):
     group = _group(case, dtype, generator)
     x, dy, residual = _activations(group, dtype, generator)
     operands = group_operands(group, x)
-    assert isinstance(operands, WideOperands)
+    assert isinstance(operands, StoredOperands if case.startswith("frozen") else WideOperands)
     ours, again = _run(operands, group, x, dy), _run(operands, group, x, dy)
     truth, stock = (_reference(group, x, dy, kind) for kind in (torch.float64, dtype))
     for a, b, c, d in zip(ours, truth, stock, again, strict=True):
@@ -150,6 +152,21 @@ def test_wide_operands(case, dtype, generator, assert_near):
     _, g = operands.input_gradient(dy)
     alone = operands.lora_gradient(dy)
     assert g is alone is None or torch.allclose(g, alone, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["frozen", "frozen_alone"])
+def test_stored_operands_read_the_weights_where_they_are(case, generator):
+    group = _group(case, torch.float32, generator)
+    x, _, residual = _activations(group, torch.float32, generator)
+    operands = group_operands(group, x)
+    expected = residual + 0.3 * group_reference(x, group, [z.weight for z in group.linears])
+    found = operands.forward(x, residual_TN=residual, scale=0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for linear in group.linears:
+        linear.weight.zero_()
+    assert torch.equal(operands.forward(x, residual_TN=residual), residual)
+    # Activations of another dtype need converted weights.
+    assert isinstance(group_operands(group, x.bfloat16()), WideOperands)
 
 
 @pytest.mark.parametrize("case", ["qkv", "qkv_bias", "bias_alone", "wide_ranks"])

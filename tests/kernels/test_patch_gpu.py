@@ -101,6 +101,33 @@ def test_error_is_at_most_the_stock_models(family, packed):
     assert (fused["auto"][0] - truth[0]).abs() <= (stock[0] - truth[0]).abs() + 2e-3 * truth[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_hidden_states_are_no_further_from_the_truth_than_the_stock_models(family):
+    from tuneline.kernels.inference import fused_inference, runs_fused
+
+    torch.manual_seed(1)
+    cls, config = FAMILIES[family]
+    model = cls(copy.deepcopy(config)).cuda().bfloat16().eval()
+    generator = torch.Generator().manual_seed(2)
+    lengths = (200, 1, 47, 269)
+    sequences = [torch.randint(1, 1000, (n,), generator=generator).tolist() for n in lengths]
+
+    @torch.inference_mode()
+    def alone():
+        inputs = (torch.tensor([ids], device="cuda") for ids in sequences)
+        states = [model.model(input_ids=ids, use_cache=False)[0][0] for ids in inputs]
+        return torch.cat(states).double()
+
+    stock = alone()
+    assert runs_fused(model)
+    with fused_inference(model) as fused:
+        assert fused.takes(269)
+        found = torch.cat(fused.hidden_states(sequences, [0] * 4)).double()
+    model.float()
+    truth = alone()
+    assert (found - truth).norm() <= 1.05 * (stock - truth).norm()
+
+
 def test_the_host_stash_gives_back_what_it_took():
     from tuneline.kernels.decoder.stash import HostStash
 

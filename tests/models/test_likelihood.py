@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -13,6 +14,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tuneline.kernels.inference import FusedInference, fused_inference
 from tuneline.models import likelihood
 from tuneline.models.batches import Batches
 
@@ -102,6 +104,53 @@ def test_a_shared_beginning_is_computed_once_unless_layers_have_windows(name, mo
     # The last token of the prompt that is nothing but the beginning is computed with the others.
     prompts = [(1, 19), (5, 6)] if name == "llama" else [(5, 25)]
     assert computed == [*prompts, (5, 4)]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
+@pytest.fixture
+def packed_rows(monkeypatch):
+    """Run layers fused on a CPU, with the ops' references; return the sequences of each call."""
+    calls = []
+
+    def listed(fused, sequences, firsts):
+        calls.append(sequences)
+        return hidden_states(fused, sequences, firsts)
+
+    hidden_states = FusedInference.hidden_states
+    monkeypatch.setattr(FusedInference, "hidden_states", listed)
+    monkeypatch.setattr(likelihood, "_fused_layers", fused_inference)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    return calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, packed_rows):
+    model = random_model(name)
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(prompt), tokens(answer)) for prompt, answer in ((9, 7), (1, 4), (12, 1))]
+    # Answers of one token share their prompt's hidden state.
+    pairs += [(pairs[2][0], (token,)) for token in (5, 8, 60)]
+    # Another prompt and answer of the same tokens.
+    whole = pairs[0][0] + pairs[0][1]
+    pairs.append((whole[:11], whole[11:]))
+    scores = likelihood.score_answers(model, pairs, batches=Batches(max_items=9))
+    # Experts are fused in NF4 alone.
+    expected = [] if name == "qwen3_moe" else [[4, 12, 15, 15]]
+    assert [sorted(map(len, sequences)) for sequences in packed_rows] == expected
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+    assert not any("_tuneline" in key for module in model.modules() for key in vars(module))
+
+
+def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(prompt, tokens(count)) for prompt in (tokens(19), tokens(16)) for count in (3, 5, 4)]
+    scores = likelihood.score_answers(model, pairs, batches=Batches(max_items=9))
+    assert packed_rows == []
     for pair in pairs:
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)

@@ -5,6 +5,10 @@ too. Logits are computed only for the tokens of answers, and not for all of them
 vocabulary of 128,000 entries, the logits of a token take as much memory as its keys and values in
 all layers of an 8B model.
 
+On a GPU, the layers of most families run fused (tuneline.kernels.inference) for prompts whose
+answers share few tokens, e.g. one long answer per prompt, or several answers of one token. Prompts
+with their answers then form packed rows without padding or a key-value cache.
+
 Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt after the shared
 beginning, T tokens of the longest answer, N tokens of all answers, H hidden size, V tokens of the
 vocabulary.
@@ -12,16 +16,22 @@ vocabulary.
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tuneline.models.batches import Batches, Size
 
+if TYPE_CHECKING:
+    from tuneline.kernels.inference import FusedInference
+
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]
 """Token IDs of a prompt and of an answer."""
+Item = tuple[Tokens, list[Tokens]]
+"""A prompt and its answers."""
 Score = tuple[float, bool]
 """Log likelihood of an answer in nats, and whether greedy decoding would produce the answer."""
 
@@ -69,12 +79,13 @@ def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dic
     items = [(prompt, list(group)) for prompt, group in answers.items()]
     # Prompts of similar length whose answers have similar lengths need little padding.
     items.sort(key=lambda item: (_longest(item[1]), item[0]))
-    scored = batches.run(
-        items,
-        lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
-        lambda batch: _score_batch(model, batch),
-        called="prompts",
-    )
+    with _fused_layers(model) as fused:
+        scored = batches.run(
+            items,
+            lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
+            lambda batch: _score_batch(model, fused, batch),
+            called="prompts",
+        )
     return {
         (prompt, answer): score
         for (prompt, group), scores in zip(items, scored, strict=True)
@@ -82,16 +93,73 @@ def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dic
     }
 
 
+def _fused_layers(model: Any) -> "AbstractContextManager[FusedInference | None]":
+    """Return a context in which the model's layers run fused; None within it if they cannot."""
+    if model.device.type != "cuda":
+        return nullcontext()
+    # Imported here, because the kernels import Triton, which exists for Linux alone.
+    from tuneline.kernels.inference import fused_inference, runs_fused
+
+    return fused_inference(model) if runs_fused(model) else nullcontext()
+
+
 @torch.inference_mode()
-def _score_batch(model: Any, batch: list[tuple[Tokens, list[Tokens]]]) -> list[list[Score]]:
+def _score_batch(
+    model: Any, fused: "FusedInference | None", batch: list[Item]
+) -> list[list[Score]]:
     """Return the scores of the answers to each prompt."""
+    answers = [answer for _, group in batch for answer in group]
+    # The last token of an answer is not an input, because no token after it is predicted. So
+    # answers of one token to the same prompt have the same inputs.
+    inputs = [(prompt, answer[:-1]) for prompt, group in batch for answer in group]
+    num_shared = _num_shared(model, [prompt for prompt, _ in batch])
+    if fused is not None and _is_packed(fused, set(inputs), batch, num_shared):
+        hidden_NH = _packed_hidden(fused, inputs)
+    else:
+        hidden_NH = _cached_hidden(model, batch, num_shared)
+    ids_N = torch.tensor([token for answer in answers for token in answer], device=model.device)
+    log_probs_N, greedy_N = _of_tokens(model, hidden_NH, ids_N)
+    lengths = [len(answer) for answer in answers]
+    of_answers = zip(
+        torch.split(log_probs_N.cpu(), lengths), torch.split(greedy_N.cpu(), lengths), strict=True
+    )
+    scores = ((float(log_probs.sum()), bool(greedy.all())) for log_probs, greedy in of_answers)
+    return [[next(scores) for _ in group] for _, group in batch]
+
+
+def _is_packed(
+    fused: "FusedInference", inputs: set[Pair], batch: list[Item], num_shared: int
+) -> bool:
+    """Return whether packed rows have no more tokens than padded batches with a cache."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in inputs]
+    num_prompt = max(len(prompt) for prompt, _ in batch) - num_shared
+    num_continued = max(len(answer) for _, answer in inputs)
+    num_answers = sum(len(group) for _, group in batch)
+    num_padded = num_shared + len(batch) * num_prompt + num_answers * num_continued
+    return sum(lengths) <= num_padded and fused.takes(max(lengths))
+
+
+def _packed_hidden(fused: "FusedInference", inputs: list[Pair]) -> torch.Tensor:
+    """Return the hidden states that predict the tokens of all answers, [N, H]."""
+    unique = list(dict.fromkeys(inputs))
+    states = fused.hidden_states(
+        [(*prompt, *answer) for prompt, answer in unique],
+        [len(prompt) - 1 for prompt, _ in unique],
+    )
+    of_inputs = dict(zip(unique, states, strict=True))
+    return torch.cat([of_inputs[pair] for pair in inputs])
+
+
+def _cached_hidden(model: Any, batch: list[Item], num_shared: int) -> torch.Tensor:
+    """Return the hidden states that predict the tokens of all answers, [N, H].
+
+    Each prompt is computed once, and its keys and values are cached for its answers.
+    """
     device, decoder = model.device, model.base_model
     owners = [number for number, (_, group) in enumerate(batch) for _ in group]
-    answers = [answer for _, group in batch for answer in group]
-    answer_ids_AT, answer_mask_AT = _padded(answers, device)
+    answer_ids_AT, answer_mask_AT = _padded([a for _, group in batch for a in group], device)
     continues = answer_ids_AT.shape[1] > 1
     prompts = [prompt for prompt, _ in batch]
-    num_shared = _num_shared(model, prompts)
     cache = None
     if num_shared:
         shared = torch.tensor([prompts[0][:num_shared]], device=device)
@@ -113,7 +181,6 @@ def _score_batch(model: Any, batch: list[tuple[Tokens, list[Tokens]]]) -> list[l
     owners_A = torch.tensor(owners, device=device)
     hidden_ATH = output.last_hidden_state[:, -1:][owners_A]
     if continues:
-        # The last token of an answer is not an input, because no token after it is predicted.
         cache = output.past_key_values
         del output
         if len(owners) > len(batch):
@@ -129,14 +196,8 @@ def _score_batch(model: Any, batch: list[tuple[Tokens, list[Tokens]]]) -> list[l
         del cache
         hidden_ATH = torch.cat([hidden_ATH, continuation.last_hidden_state], dim=1)
         del continuation
-    is_token_AT = answer_mask_AT == 1
-    log_probs_N, greedy_N = _of_tokens(model, hidden_ATH[is_token_AT], answer_ids_AT[is_token_AT])
-    log_probs_AT = torch.zeros_like(answer_ids_AT, dtype=torch.float32)
-    log_probs_AT[is_token_AT] = log_probs_N
-    greedy_AT = ~is_token_AT
-    greedy_AT[is_token_AT] = greedy_N
-    scores = zip(log_probs_AT.sum(1).tolist(), greedy_AT.all(1).tolist(), strict=True)
-    return [[next(scores) for _ in group] for _, group in batch]
+    hidden_NH: torch.Tensor = hidden_ATH[answer_mask_AT == 1]
+    return hidden_NH
 
 
 def _num_shared(model: Any, prompts: list[Tokens]) -> int:
@@ -165,9 +226,8 @@ def _of_tokens(
     for some_NH, some_N in parts:
         logits_NV = _logits(model, some_NH)
         greedy.append(logits_NV.argmax(-1) == some_N)
-        log_probs.append(
-            -torch.nn.functional.cross_entropy(logits_NV.float(), some_N, reduction="none")
-        )
+        table_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
+        log_probs.append(table_NV.gather(-1, some_N[:, None])[:, 0])
     return torch.cat(log_probs), torch.cat(greedy)
 
 

@@ -68,7 +68,9 @@ def check_parts(layer: Any, spec: FamilySpec) -> None:
             owner = getattr(owner, name)
 
 
-def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) -> LayerWeights:
+def bind_layer(
+    layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False, inference: bool = False
+) -> LayerWeights:
     """Return the weights and adapters that the fused layer computes with.
 
     Args:
@@ -76,6 +78,7 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
         spec: The spec of the layer's family.
         config: The decoder's config.
         fp8: Compute in fp8 the groups of linears that support it.
+        inference: The layer runs in eval mode, where the config's dropout is off.
 
     Raises:
         Unfusable: The layer has a feature that the fused layer does not support.
@@ -84,7 +87,7 @@ def bind_layer(layer: Any, spec: FamilySpec, config: Any, *, fp8: bool = False) 
     for name, value in vars(config).items():
         # The dropout of adapters is read from the modules, by `_plain_adapter`.
         is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith("lora")
-        if is_dropout and isinstance(value, int | float) and value > 0:
+        if is_dropout and not inference and isinstance(value, int | float) and value > 0:
             raise Unfusable(f"config.{name}={value}: only 0 is fused")
     if getattr(config, "use_bidirectional_attention", False):
         raise Unfusable("bidirectional attention is not fused")

@@ -8,7 +8,8 @@ The class of each patched module is replaced by a subclass of the same name, so 
 isinstance and PEFT's save, load and merge work as before. Other models are not affected, because no
 module, class or function of transformers is changed. A subclass runs fused code in training mode
 and without a KV cache; every other call runs the *stock* forward, which is that of transformers.
-Without gradients, e.g. for the reference of a preference, fused layers store nothing. A layer that
+Without gradients, e.g. for the reference of a preference, fused layers store nothing. With
+`inference=True` they run in eval mode instead of training mode (see inference.py). A layer that
 cannot be fused (see `binding`) also runs its stock forward, even if other layers of the model are
 fused.
 
@@ -97,6 +98,8 @@ class _Engine:
     budget: Budget
     specs: dict[int, FamilySpec]
     fp8: bool = False
+    inference: bool = False
+    """Whether layers run fused in eval mode without gradients, and not in training mode."""
     host_bytes: int | None = None
     """Host memory for the tensors of the stash; set when the stash is created."""
     stash: HostStash | None = None
@@ -122,7 +125,7 @@ class _Engine:
         return torch.is_grad_enabled() and self.is_checked and not self.checks_always
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
-        return _Engine(self.budget, self.specs, self.fp8, self.host_bytes)
+        return _Engine(self.budget, self.specs, self.fp8, self.inference, self.host_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ def patch(
     budget: Budget = "auto",
     *,
     fp8: bool = False,
+    inference: bool = False,
     tables_on_host: bool = False,
     host_bytes: int | None = None,
 ) -> PatchReport:
@@ -187,6 +191,8 @@ def patch(
         fp8: Use fp8 GEMMs for NF4 weights that have adapters (see operands.py). They are faster
             than bf16 GEMMs, but their results have an error of about 4 %, in addition to the 9 % of
             NF4. Do not use fp8 to compare losses.
+        inference: Run the layers fused in eval mode, and not in training mode: in forwards without
+            gradients and with use_cache=False. The final norm and the loss then stay stock.
         tables_on_host: Keep the input embedding and the head in pinned host memory (see
             host_tables.py). A table that is trained or not on a GPU is not moved, and a warning
             gives the reason.
@@ -218,16 +224,17 @@ def patch(
             continue
         specs[index] = spec
         try:
-            weights = bind_layer(layer, spec, decoder.config, fp8=fp8)
+            weights = bind_layer(layer, spec, decoder.config, fp8=fp8, inference=inference)
             num_fp8_groups += sum(group.largest is not None for group in weights.groups())
         except Unfusable as reason:
             # The layer's class is replaced anyway: the layer may be fusable in a later forward.
             unfused[index] = str(reason)
-    loss_reason = _stock_loss_reason(causal) or probe(causal)
+    loss_reason = "stock for inference" if inference else _stock_loss_reason(causal)
+    loss_reason = loss_reason or probe(causal)
     if specs or loss_reason is None:
         _swap(causal, _CausalMixin)
     if specs:
-        decoder._tuneline_engine = _Engine(budget, specs, fp8, host_bytes)
+        decoder._tuneline_engine = _Engine(budget, specs, fp8, inference, host_bytes)
         _swap(decoder, _DecoderMixin)
         for index in specs:
             decoder.layers[index]._tuneline_index = index
@@ -266,6 +273,18 @@ def check_layers_once(model: nn.Module) -> None:
     engine = getattr(decoder, "_tuneline_engine", None)
     if engine is not None:
         engine.checks_always = engine.is_checked = False
+
+
+def fuses_every_layer(model: nn.Module, length: int) -> bool:
+    """Return whether a forward of sequences of up to `length` tokens runs no stock layer.
+
+    The forward is one for which the model was patched, in the present grad mode.
+    """
+    _, decoder = _find_decoder(model)
+    if getattr(decoder, "_tuneline_engine", None) is None:
+        return False
+    call = _decide(decoder, AttentionPlan(), torch.empty(1, length, device=decoder.device))
+    return call is not None and len(call.layers) == len(decoder.layers)
 
 
 if TYPE_CHECKING:
@@ -338,7 +357,7 @@ class _DecoderMixin(_Stock):
     ) -> Any:
         arguments = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
         call = None
-        if _is_plain_training(self, kwargs):
+        if _is_plain(self, kwargs):
             tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
             if sequence_starts is None:
                 sequence_starts = find_sequences(tokens, attention_mask, position_ids)
@@ -379,7 +398,7 @@ class _CausalMixin(_Stock):
             return run_with_fused_loss(self, super().forward, labels, **kwargs)
 
 
-def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
+def _is_plain(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a forward needs nothing that only the stock forward provides.
 
     With gradients, `use_cache` is ignored: it is true by default in configs, but no training step
@@ -390,8 +409,11 @@ def _is_plain_training(decoder: Any, kwargs: dict[str, Any]) -> bool:
         kwargs.get(name, getattr(config, name, False))
         for name in ("output_attentions", "output_hidden_states")
     )
+    mode = decoder.training
+    if decoder._tuneline_engine.inference:
+        mode = not (decoder.training or torch.is_grad_enabled())
     return (
-        decoder.training
+        mode
         and (torch.is_grad_enabled() or kwargs.get("use_cache") is False)
         and not recorded
         and kwargs.get("past_key_values") is None
@@ -574,7 +596,9 @@ def _bound_layers(decoder: Any, engine: _Engine) -> dict[int, LayerWeights | Non
                 del states[next(iter(states))]
             states[state] = None
             try:
-                states[state] = bind_layer(layer, spec, decoder.config, fp8=engine.fp8)
+                states[state] = bind_layer(
+                    layer, spec, decoder.config, fp8=engine.fp8, inference=engine.inference
+                )
             except Unfusable as reason:
                 logger.info("layer %d runs stock: %s", index, reason)
         found[index] = states[state]

@@ -1,7 +1,7 @@
 """Measure how many rows per second the evaluate step scores and answers, beside lm-eval's own way.
 
     python tests/measure/gpu/evaluate_on_gpu.py                  an 8B shape on one GPU
-    python tests/measure/gpu/evaluate_on_gpu.py --only new       without lm-eval's way
+    python tests/measure/gpu/evaluate_on_gpu.py --ways stock new without lm-eval's way
     python tests/measure/gpu/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
 
     choices      log likelihoods of four short answers per prompt
@@ -9,26 +9,33 @@
     generation   greedy generation; random weights never stop, so all answers have full length
 
 Prompts and answers have lengths like those of GSM8K. "old" is the class HFLM of lm-eval with
-batches of 8, "new" is the class that the evaluate step uses, with batches that fill the memory. The
-weights are random. Prints rows per second, peak memory, and the largest difference of the log
-likelihoods: "old" computes them in the model's dtype, "new" in float32.
+batches of 8, "new" is the class that the evaluate step uses, with batches that fill the memory, and
+"stock" is that class without fused layers. The weights are random. Prints rows per second, peak
+memory, and the largest difference of the log likelihoods of each pair of ways: "old" computes them
+in the model's dtype, "stock" and "new" in float32 from the same head.
 """
 
 import argparse
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from gpu_inputs import GIB, SHAPES, gsm8k_lengths, say
 
 PARTS = ("choices", "answers", "generation")
+WAYS = ("old", "stock", "new")
 
 
 def main() -> None:
-    """Run each part in both ways."""
+    """Run each part in each way."""
+    from tuneline.kernels.inference import runs_fused
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="Llama-3.1-8B")
     parser.add_argument("--device", default="cuda")
@@ -36,26 +43,32 @@ def main() -> None:
     parser.add_argument("--old-rows", type=int, default=64, help="rows of each part, old way")
     parser.add_argument("--new-tokens", type=int, default=256, help="length of generated answers")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", choices=("old", "new"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     args = parser.parse_args()
     lm = load(args.shape, args.device)
     say(f"{args.shape} in {lm.model.dtype} on {name_of(args.device)}, {lm.batches} per batch")
+    say(f"fused layers for log likelihoods: {'yes' if runs_fused(lm.model) else 'no'}")
     for part in args.parts:
         speeds = {}
         results = {}
-        for way in ("old", "new"):
-            if args.only not in (None, way):
+        for way in args.ways:
+            if part == "generation" and way == "stock":
+                # Generation always runs the stock layers.
                 continue
-            num_rows = args.rows if way == "new" else min(args.rows, args.old_rows)
+            num_rows = min(args.rows, args.old_rows) if way == "old" else args.rows
             requests, compute = prepare(lm, part, way, num_rows, args.new_tokens)
-            # The first rows warm up the device.
-            compute(requests[:8])
+            # The first rows warm up the device. Fused layers are compiled for several lengths.
+            compute(requests if way == "new" and part != "generation" else requests[:8])
             speeds[way], results[way] = measure(lm, part, way, num_rows, requests, compute)
-        if len(speeds) == 2:
-            line = f"{part}: {speeds['new'] / speeds['old']:.2f} x"
+        for one, other in itertools.combinations(speeds, 2):
+            line = f"{part}: {other} is {speeds[other] / speeds[one]:.2f} x as fast as {one}"
             if part != "generation":
-                pairs = zip(results["old"], results["new"], strict=False)
-                line += f", log likelihoods differ by {max(abs(a[0] - b[0]) for a, b in pairs):.3g}"
+                pairs = zip(results[one], results[other], strict=False)
+                gaps = [abs(a[0] - b[0]) for a, b in pairs]
+                line += (
+                    f"; log likelihoods differ by {max(gaps):.3g} at most, "
+                    f"{sum(gaps) / len(gaps):.3g} on average"
+                )
             say(line)
 
 
@@ -112,6 +125,8 @@ def prepare(
     method = "generate_until" if part == "generation" else "_loglikelihood_tokens"
     if way == "new":
         return requests, getattr(lm, method)
+    if way == "stock":
+        return requests, with_stock_layers(getattr(lm, method))
 
     def compute(some: list[Any]) -> list[Any]:
         lm.batch_size_per_gpu = 8
@@ -119,6 +134,17 @@ def prepare(
         return results
 
     return requests, compute
+
+
+def with_stock_layers(compute: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], Any]:
+    """Return a function that scores without fused layers."""
+    from tuneline.models import likelihood
+
+    def compute_stock(some: list[Any]) -> list[Any]:
+        with mock.patch.object(likelihood, "_fused_layers", lambda model: nullcontext()):
+            return compute(some)
+
+    return compute_stock
 
 
 def measure(

@@ -20,8 +20,7 @@ from tuneline.kernels.decoder.layer_weights import (
     normed_input,
 )
 from tuneline.kernels.decoder.operands import (
-    Fp8Operands,
-    WideOperands,
+    Operands,
     augmented_input,
     group_operands,
 )
@@ -63,7 +62,7 @@ class AttentionHalf:
     normed: Normed | None = None
     q_BLHD: Tensor | None = None
     k_BLGD: Tensor | None = None
-    o_operands: WideOperands | Fp8Operands | None = None
+    o_operands: Operands | None = None
 
 
 def split_heads(

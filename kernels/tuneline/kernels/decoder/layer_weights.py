@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tuneline.kernels.decoder.operands import Fp8Operands, WideOperands, augmented_input
+from tuneline.kernels.decoder.operands import Operands, augmented_input
 from tuneline.kernels.experts.mlp import Experts
 from tuneline.kernels.ops.attention import AttentionConfig
 from tuneline.kernels.ops.gated_activation import Kind
@@ -108,7 +108,7 @@ def normed_input(
     norm: Tensor,
     weights: LayerWeights,
     group: LoraGroup,
-    operands: WideOperands | Fp8Operands,
+    operands: Operands,
     x_TKP: Tensor | None = None,
 ) -> Normed:
     """Return X' = [norm(x) | norm(x) A^T] and the rstd of x.

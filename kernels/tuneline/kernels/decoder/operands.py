@@ -1,8 +1,9 @@
 """A group's frozen weights and adapters as GEMM operands, in bf16 or fp8.
 
-Both kinds of operands compute the equations of lora.py. They are created from the NF4 weights in
+All kinds of operands compute the equations of lora.py. *Wide* and *fp8* operands are created in
 each forward and in each backward, and then freed.
 
+*Stored*: the weights themselves, for a group with neither NF4 weights, adapters nor biases.
 *Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
 the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and each
 forward writes only the adapters again.
@@ -22,9 +23,7 @@ from tuneline.kernels.ops.lora import LoraGroup, pack
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
 
-def group_operands(
-    group: LoraGroup, like: Tensor, *, packs: bool = True
-) -> WideOperands | Fp8Operands:
+def group_operands(group: LoraGroup, like: Tensor, *, packs: bool = True) -> Operands:
     """Return the group's operands in the dtype and on the device of `like`.
 
     Args:
@@ -35,12 +34,62 @@ def group_operands(
     """
     if group.largest is not None:
         return Fp8Operands(group, like)
+    weights = [linear.weight for linear in group.linears]
+    stored = [w for w in weights if isinstance(w, Tensor) and w.dtype == like.dtype]
+    if group.num_columns == 0 and len(stored) == len(weights):
+        return StoredOperands(stored)
     return WideOperands(group, like, packs=packs)
 
 
 def augmented_input(num_tokens: int, group: LoraGroup, like: Tensor) -> Tensor:
     """Allocate X' [T, K + P]; the op that computes X writes X into the first K columns."""
     return like.new_empty(num_tokens, group.num_in + group.num_columns)
+
+
+class StoredOperands:
+    """Weights that are read where they are stored, with one product per linear."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        """Take the weights [N, K] of the group's linears."""
+        self._weights = weights
+
+    def write_lora_columns(self, x_TK: Tensor) -> None:
+        """Write nothing: X' has no columns beside X."""
+
+    def forward(
+        self,
+        x_TK: Tensor,
+        *,
+        residual_TN: Tensor | None = None,
+        scale: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return Y = X W^T [T, N], or residual + scale * Y; `out` may be the residual."""
+        sizes = [weight.shape[0] for weight in self._weights]
+        y_TN = x_TK.new_empty(x_TK.shape[0], sum(sizes)) if out is None else out
+        residuals = [None] * len(sizes) if residual_TN is None else residual_TN.split(sizes, 1)
+        for weight, y_Tn, residual_Tn in zip(
+            self._weights, y_TN.split(sizes, 1), residuals, strict=True
+        ):
+            if residual_Tn is None:
+                torch.mm(x_TK, weight.t(), out=y_Tn)
+            else:
+                torch.addmm(residual_Tn, x_TK, weight.t(), alpha=scale, out=y_Tn)
+        return y_TN
+
+    def input_gradient(
+        self, dy_TN: Tensor, room_TNP: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dX [T, K] and None; `room_TNP` is unused, as there is no G."""
+        parts = dy_TN.split([weight.shape[0] for weight in self._weights], 1)
+        dx_TK = torch.mm(parts[0], self._weights[0])
+        for dy_Tn, weight in zip(parts[1:], self._weights[1:], strict=True):
+            dx_TK.addmm_(dy_Tn, weight)
+        return dx_TK, None
+
+    def lora_gradient(self, dy_TN: Tensor) -> Tensor | None:
+        """Return None: there is no adapter."""
+        return None
 
 
 class WideOperands:
@@ -205,3 +254,6 @@ class Fp8Operands:
             nf4_to_fp8(linear.weight, scale_K, out=v8[:, columns], transposed=True)
             row += linear.num_out
         return v8, scale_K
+
+
+Operands = StoredOperands | WideOperands | Fp8Operands
