@@ -29,8 +29,8 @@ from tuneline.kernels.patching import fuses_every_layer, patch, unpatch
 logger = logging.getLogger(__name__)
 
 ROW_TOKENS = 2**14
-"""Approximate number of tokens of a packed row, unless one sequence is longer. More tokens at a time
-are computed hardly faster, but need more memory."""
+"""Approximate number of tokens of a packed row, unless one sequence is longer. More tokens at a
+time are computed hardly faster, but need more memory."""
 
 
 def runs_fused(model: Any) -> bool:
