@@ -58,7 +58,7 @@ from tuneline.kernels.decoder.stash import HostStash, half_of_free_memory
 from tuneline.kernels.limits import FP8_CAPABILITY, STASH_MIN_TOKENS
 from tuneline.kernels.loss import probe, run_with_fused_loss
 from tuneline.kernels.ops.attention import AttentionPlan
-from tuneline.kernels.ops.host_tables import HostHead, move_back, move_to_host
+from tuneline.kernels.ops.host_tables import HostEmbedding, HostHead, move_back, move_to_host
 from tuneline.kernels.ops.rms_norm import rms_norm
 from tuneline.kernels.spec import FamilySpec, family_spec
 
@@ -379,6 +379,16 @@ class _CausalMixin(_Stock):
     A caller that knows how many labels count can pass `num_labels` (see `linear_cross_entropy`),
     and one that has called `find_sequences` while the batch was on the host `sequence_starts`.
     """
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes, even if the first parameter is a table in host memory."""
+        for module in (self.get_input_embeddings(), self.get_output_embeddings()):
+            if isinstance(module, HostEmbedding | HostHead):
+                return module._tuneline_device
+        stock: Any = super()
+        device: torch.device = stock.device
+        return device
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         fuse = (

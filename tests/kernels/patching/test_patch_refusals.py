@@ -7,6 +7,7 @@ import torch
 from patch_cases import assert_same, batch, fused_layers, make_model, step
 
 from tuneline.kernels import binding, binding_adapter, spec
+from tuneline.kernels.ops.host_tables import HostEmbedding
 from tuneline.kernels.patching import patch, unpatch
 
 
@@ -76,6 +77,20 @@ def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
     assert_same(got, want)
     norm.weight.requires_grad_(False)
     assert fused_layers(model) == 2
+
+
+def test_the_device_of_a_model_is_where_it_computes():
+    model = make_model()
+    patch(model)
+    causal = model.get_base_model()
+    assert causal.device == torch.device("cpu")
+    # The first parameter, whose device transformers takes, is then in host memory.
+    embedding = causal.get_input_embeddings()
+    embedding.__class__, embedding._tuneline_device = HostEmbedding, torch.device("meta")
+    assert causal.device == model.device == torch.device("meta")
+    embedding._tuneline_device = torch.device("cpu")
+    unpatch(model)
+    assert causal.device == next(model.parameters()).device
 
 
 def test_tables_that_stay_where_they_are_are_told(caplog):

@@ -11,10 +11,16 @@ from transformers import AutoTokenizer
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, unpatch
+from tuneline.kernels.ops.host_tables import HostHead
 from tuneline.models.nf4 import load_base
 from tuneline.train import TrainConfig
 from tuneline.train.model.adapter import keep_adapter_in_fp32
-from tuneline.train.model.fuse import can_fuse, fuse_model, fuse_trainer
+from tuneline.train.model.fuse import (
+    can_fuse,
+    fuse_model,
+    fuse_trainer,
+    give_trl_the_copied_head,
+)
 from tuneline.train.model.targets import lora_config
 from tuneline.train.rows.load import load_rows
 from tuneline.train.trainer.arguments import training_arguments
@@ -29,12 +35,22 @@ ROWS = [
 
 
 def make_trainer(
-    config, base_dir, data, work, *, kind=SupervisedTrainer, method="sft", fused=True, cached=False
+    config,
+    base_dir,
+    data,
+    work,
+    *,
+    kind=SupervisedTrainer,
+    method="sft",
+    fused=True,
+    cached=False,
+    device="cpu",
 ):
     rows, held = load_rows(
         data, DatasetManifest.read(data), packing=config.packing, cache_dir=work / "cache"
     )
-    model = load_base(base_dir, dtype=torch.float32, device="cpu", quantized=True)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = load_base(base_dir, dtype=dtype, device=device, quantized=True)
     if fused:
         fuse_model(model)
     torch.manual_seed(3)
@@ -42,7 +58,7 @@ def make_trainer(
         model=model,
         args=training_arguments(
             config,
-            cpu_setup(config, learning_rate=1e-2),
+            cpu_setup(config, learning_rate=1e-2, device=device, dtype=dtype),
             method=method,
             num_steps=config.max_steps,
             evaluates=True,
@@ -125,6 +141,101 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
     assert first["loss"] == pytest.approx(0.5 if method == "kto" else math.log(2), abs=1e-4)
     assert trainer.evaluate()["eval_rewards/chosen"] != 0.0
+
+
+def test_trls_loss_reads_the_copy_of_a_head_in_host_memory(dataset_dir, tiny_model_dir, tmp_path):
+    config = TrainConfig(max_steps=1, learning_rate=1e-2)
+    trainer = make_trainer(config, tiny_model_dir, dataset_dir(ROWS), tmp_path)
+    causal = trainer.model.get_base_model().train()
+    head = causal.lm_head
+    ids = torch.arange(5, 45)[None]
+    adapter = [p for n, p in causal.named_parameters() if "lora_B" in n]
+    copies = []
+
+    class OnAnotherDevice(HostHead):
+        """A head whose copy is another tensor, as on a GPU, and which counts the copies."""
+
+        table = head.weight.detach()
+
+        def begin(self):
+            if self._tuneline_is_expected and self._tuneline_copy is None:
+                self._tuneline_copy = self.table.clone(), None
+                copies.append(self._tuneline_copy[0].shape)
+
+    def log_probs():
+        return causal(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+
+    def score():
+        found = log_probs()
+        with torch.no_grad():
+            reference = log_probs()
+        return found.detach(), reference, torch.autograd.grad(found.sum(), adapter)
+
+    want = score()
+    head.__class__, head._tuneline_device = OnAnotherDevice, torch.device("cpu")
+    give_trl_the_copied_head(causal)
+    for num_copies in (1, 2):
+        # The reference reads the copy that waits for the policy's backward pass.
+        torch.testing.assert_close(score(), want, rtol=0, atol=0)
+        assert len(copies) == num_copies
+        assert head._tuneline_copy is None and causal.get_output_embeddings() is head
+    # The copy is what is read.
+    OnAnotherDevice.table = head.weight.detach().flip(0)
+    with torch.no_grad():
+        hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        expected = torch.log_softmax(hidden @ OnAnotherDevice.table.T, dim=-1)
+    expected = expected.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(score()[0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError):
+        causal(input_ids=ids, labels=None, fused_lm_head=True)
+    assert causal.get_output_embeddings() is head
+    unpatch(causal)
+    torch.testing.assert_close(score()[0], want[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("method", "kind", "rows"),
+    [
+        ("sft", SupervisedTrainer, ROWS),
+        ("dpo", PreferenceTrainer, PREFERENCES),
+        ("kto", JudgedTrainer, JUDGED),
+    ],
+)
+def test_tables_in_host_memory_change_no_loss(
+    dataset_dir, tiny_model_dir, tmp_path, method, kind, rows
+):
+    config = TrainConfig(
+        packing=method == "sft",
+        max_steps=3,
+        warmup_steps=0,
+        global_batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+    )
+    data = dataset_dir(rows, method=method)
+    runs = []
+    for on_host in (False, True):
+        work = tmp_path / str(on_host)
+        trainer = make_trainer(
+            config, tiny_model_dir, data, work, kind=kind, method=method, device="cuda"
+        )
+        assert fuse_trainer(trainer, tables_on_host=on_host).startswith("llama: 2 layers fused")
+        causal = trainer.model.get_base_model()
+        losses = [trainer.evaluate()["eval_loss"]]
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.model.eval()
+        prompt = torch.tensor([[5, 12, 19]], device=causal.device)
+        answer = trainer.model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)
+        assert causal.device.type == answer.device.type == "cuda"
+        # Neither the trainer nor an evaluation has moved them.
+        assert causal.lm_head.weight.is_pinned() == on_host
+        assert causal.get_input_embeddings().weight.is_cuda != on_host
+        runs.append((losses, answer.tolist()))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-3) and len(runs[0][0]) == 5
+    assert runs[1][1] == runs[0][1]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from tuneline.errors import RecipeError
 from tuneline.kernels import FlatAdamW, patch
 from tuneline.kernels.decoder.budget import Budget
 from tuneline.kernels.limits import FP8_CAPABILITY, MIN_CAPABILITY
+from tuneline.kernels.ops.host_tables import HostHead
 from tuneline.kernels.patching import check_layers_once
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ def fuse_trainer(
     mode: str = "auto",
     kept_gib: float | None = None,
     host_bytes: int | None = None,
+    tables_on_host: bool = False,
 ) -> str:
     """Make a trainer of a fused model use the model's loss and a flat optimizer.
 
@@ -75,13 +79,21 @@ def fuse_trainer(
         kept_gib: GiB in which layers may keep activations and dequantised weights. None: all memory
             that is free.
         host_bytes: Host memory for offloaded activations; see `patch`.
+        tables_on_host: Whether the input embedding and the head are kept in host memory.
 
     Returns:
         Human-readable description of what was fused.
     """
     # Patch again: the trainer has added adapters, which decide what can be fused in a layer.
     budget: Budget = "auto" if kept_gib is None else kept_gib
-    report = patch(trainer.model, budget=budget, fp8=mode == "fp8", host_bytes=host_bytes)
+    report = patch(
+        trainer.model,
+        budget=budget,
+        fp8=mode == "fp8",
+        tables_on_host=tables_on_host,
+        host_bytes=host_bytes,
+    )
+    give_trl_the_copied_head(trainer.model.get_base_model())
     trainer.takes_model_loss = report.loss == "fused"
     trainer.knows_sequences = bool(report.fused)
     # Adapters and weights change neither within a step nor from one step to the next.
@@ -104,3 +116,40 @@ def fuse_trainer(
             # clipping, because it also undoes the loss scaling.
             trainer.own_grad_norm = trainer.optimizer.grad_norm
     return str(report)
+
+
+def give_trl_the_copied_head(causal: Any) -> None:
+    """Make the forward with TRL's loss read the copy of a head in host memory.
+
+    TRL replaces the forward of a causal LM by one that, called with `fused_lm_head`, reads the
+    weight of `get_output_embeddings()` and computes on the device of that weight. Evaluations and
+    the methods dpo and kto use it. Without effect on a model whose head is on its device.
+
+    The policy's copy exists until its backward pass, so the reference, which runs before that pass,
+    reads the same copy.
+    """
+    head = causal.get_output_embeddings()
+    if not isinstance(head, HostHead):
+        return
+    trl_forward = causal.forward
+    last_copy: weakref.ref[torch.Tensor] | None = None
+
+    def copied() -> SimpleNamespace:
+        nonlocal last_copy
+        weight = head.on_device()
+        last_copy = weakref.ref(weight)
+        return SimpleNamespace(weight=weight, bias=head.bias)
+
+    @functools.wraps(trl_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head") or not isinstance(head, HostHead):
+            return trl_forward(*args, **kwargs)
+        with head.expected(None if last_copy is None else last_copy()):
+            # Fused layers begin the copy; TRL asks for the head after the last layer.
+            causal.get_output_embeddings = copied
+            try:
+                return trl_forward(*args, **kwargs)
+            finally:
+                del causal.get_output_embeddings
+
+    causal.forward = forward

@@ -106,7 +106,7 @@ def ask_before_and_after(
         settings.output_router_logits = False
     ends = (tokenizer.eos_token_id, end_token(tokenizer, end_of_turn))
     stops = {token for token in ends if isinstance(token, int)}
-    device = next(model.parameters()).device
+    device: torch.device = base.device
     longest = max(len(ids) for ids, _ in prompts)
     padding = tokenizer.pad_token_id or 0
     rows = [[padding] * (longest - len(ids)) + ids for ids, _ in prompts]

@@ -79,9 +79,15 @@ class HostHead(_HostTable, nn.Linear):
     _tuneline_is_expected = False
 
     @contextmanager
-    def expected(self) -> Iterator[None]:
-        """Let `begin` start a copy in this block; the end of the block forgets the copy."""
+    def expected(self, copy: Tensor | None = None) -> Iterator[None]:
+        """Let `begin` start a copy in this block; the end of the block forgets the copy.
+
+        Args:
+            copy: A copy that an earlier block has made, to be read again instead of a new one.
+        """
         self._tuneline_is_expected = True
+        if copy is not None:
+            self._tuneline_copy = copy, None
         try:
             yield
         finally:
