@@ -172,12 +172,16 @@ def prepare_model(trainer: Any, config: TrainConfig, setup: Setup, base_model_di
     ]
     kernels = "off"
     if setup.fused:
+        host_bytes = host_memory(collectives.num_ranks_here())
+        if setup.plan.tables_on_host:
+            host_bytes -= setup.table_bytes
         kernels = fuse_trainer(
             trainer,
             mode=config.kernels,
             kept_gib=setup.plan.kept_gib,
             # The other half is for the loader, checkpoints and the page cache.
-            host_bytes=host_memory(collectives.num_ranks_here()) // 2,
+            host_bytes=host_bytes // 2,
+            tables_on_host=setup.plan.tables_on_host,
         )
     if config.embedding_learning_rate is not None:
         # The flat optimizer supports only one learning rate. Without it, the trainer creates

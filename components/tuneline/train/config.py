@@ -179,10 +179,11 @@ class TrainConfig(StrictModel):
     (Hopper or newer)."""
     fit: Literal["auto", "refuse", "off"] = "auto"
     """What to do if the estimated memory exceeds what is available. auto: use smaller
-    micro-batches, then gradient_checkpointing, then the shorter packs that fit_min_length allows.
-    refuse: end with an error that names these changes. off: start anyway. If memory runs out during
-    training, auto and refuse continue from the last checkpoint with a smaller micro-batch, then
-    gradient_checkpointing; off ends the run."""
+    micro-batches, then gradient_checkpointing, then keep the input embedding and the head in host
+    memory if fused layers run, then the shorter packs that fit_min_length allows. refuse: end with
+    an error that names these changes. off: start anyway. If memory runs out during training, auto
+    and refuse continue from the last checkpoint with the same changes in this order, but packs keep
+    their length; off ends the run."""
     fit_min_length: int | None = Field(default=None, ge=8)
     """Shortest packs, in tokens, that `fit` may use. Packs never become shorter than the longest
     row. null: packs keep max_seq_length."""

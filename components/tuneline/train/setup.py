@@ -60,6 +60,8 @@ class Setup:
     """Plan to train with: `asked` if it fits memory, else the first smaller plan that fits."""
     estimated_bytes: int | None = None
     """Estimated peak memory of a rank with `plan`. None if no estimate exists for the model."""
+    table_bytes: int = 0
+    """Bytes of the input embedding and the head that a rank can keep in host memory; 0 if none."""
 
     @property
     def accumulation_steps(self) -> int:

@@ -17,7 +17,8 @@ from tuneline.errors import TrainingError
 from tuneline.train.attempt import train
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
-from tuneline.train.memory.available import available_memory, resident_bytes
+from tuneline.train.memory.available import available_memory, host_memory, resident_bytes
+from tuneline.train.memory.estimate import GIB, Settings, Shape, movable_table_bytes
 from tuneline.train.memory.plan import (
     fitting_plan,
     largest_that_fits,
@@ -76,6 +77,7 @@ def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: b
     if is_auto:
         asked = largest_that_fits(asked, shape, settings, available)
         logger.info("train.micro_batch_size auto is %d", asked.micro_batch_size)
+    table_bytes = _table_bytes(setup, shape, settings)
     plan, estimate = fitting_plan(
         config,
         asked,
@@ -83,12 +85,38 @@ def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: b
         settings,
         available_bytes=available,
         min_length=min_pack_length(config, inputs.manifest),
+        moves_tables=table_bytes > 0,
     )
     # On a CPU, the peak of the process also contains the memory that it holds now.
     own_bytes = resident_bytes() if setup.device == "cpu" else 0
     return dataclasses.replace(
-        setup, asked=asked, plan=plan, estimated_bytes=estimate.total + own_bytes
+        setup,
+        asked=asked,
+        plan=plan,
+        estimated_bytes=estimate.total + own_bytes,
+        table_bytes=table_bytes,
     )
+
+
+def _table_bytes(setup: Setup, shape: Shape, settings: Settings) -> int:
+    """Return the bytes of the tables that a rank can keep in host memory; 0 if there are none.
+
+    The tables may take half of a rank's host memory: the rest is for offloaded activations, the
+    loader and checkpoints.
+    """
+    wanted = movable_table_bytes(shape, settings)
+    if not wanted:
+        return 0
+    room = host_memory(min(setup.num_ranks, torch.cuda.device_count() or 1)) // 2
+    if wanted > room:
+        logger.info(
+            "the input embedding and the head (%.1f GiB) stay in device memory: they may take at "
+            "most half of the host memory of a rank (%.1f GiB)",
+            wanted / GIB,
+            room / GIB,
+        )
+        return 0
+    return wanted
 
 
 def train_within_memory(
@@ -171,11 +199,16 @@ def _resumed(setup: Setup, config: TrainConfig, state: RunState) -> Setup:
     memory than the plan of the checkpoint, because larger plans may have run out of memory before.
     """
     plan = setup.plan
+    table_bytes = 0 if state.divides_optimizer else setup.table_bytes
     if state.plan is not None:
         plan = plan.at_most(state.plan).divided_over(setup.num_ranks)
+    if not table_bytes:
+        # The checkpoint's machine may have had kernels, or more host memory.
+        plan = plan.model_copy(update={"tables_on_host": False})
     return dataclasses.replace(
         setup,
         plan=plan,
+        table_bytes=table_bytes,
         divides_optimizer=state.divides_optimizer,
         optimizer=optimizer_name(config, state.divides_optimizer),
     )
@@ -188,7 +221,7 @@ def _smaller(setup: Setup, config: TrainConfig, error: OutOfMemory) -> Setup:
         TrainingError: there is no smaller plan, or `fit` is off.
     """
     plan = setup.plan
-    smaller = smaller_plan(plan)
+    smaller = smaller_plan(plan, moves_tables=setup.table_bytes > 0)
     if config.fit == "off" or smaller is None:
         advice = "lower prepare.max_seq_length or train.lora.r, or use a larger device"
         if smaller is not None:

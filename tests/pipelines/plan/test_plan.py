@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import pytest
-from plan_cases import LLAMA, look, recipe, verdicts
+from plan_cases import LLAMA, facts_of, llama_8b, look, recipe, verdicts
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
@@ -60,6 +60,26 @@ def test_plan_and_train_go_by_one_estimate(profile: str, changes: dict[str, Any]
     )
     known = estimate_memory(llama_shape(LLAMA, loaded.train.lora), settings).total
     assert estimate(loaded, LLAMA).gpu_bytes == known
+
+
+def test_tables_of_an_assumed_llama_are_those_of_a_real_one() -> None:
+    table = 128256 * 4096
+    for saved, sizes in (
+        ((), (2 * table, table)),
+        (("lm_head",), (table, 0)),
+        (("embed_tokens",), (table, table)),
+        (("embed_tokens", "lm_head"), (0, 0)),
+    ):
+        lora = LoraConfig(modules_to_save=saved)
+        assumed = llama_shape(LLAMA, lora)
+        known = facts_of(*llama_8b()).shape(lora)
+        assert (assumed.num_tables, assumed.num_copied) == sizes
+        assert (known.num_tables, known.num_copied) == sizes
+    # What train does last to fit is in the estimate, but not with ZeRO-2.
+    found = estimate(recipe(), LLAMA)
+    assert found.single_gpu_bytes - found.least_gpu_bytes > table
+    sharded = recipe("placement.num_accelerators=2", "train.sharding=zero2")
+    assert estimate(sharded, LLAMA).least_gpu_bytes == estimate(sharded, LLAMA).single_gpu_bytes
 
 
 def test_several_gpus_divide_the_optimizer_and_the_time() -> None:
@@ -182,6 +202,8 @@ def test_names_say_how_large_a_model_is(name: str, expected: float | None) -> No
     [
         # Train makes eight rows a forward fewer; 70 B parameters it cannot make fewer.
         ("t4", 8e9, "warn", "smaller micro-batches, and more per step, down to 9."),
+        # The head, one of the two tables, is copied back for the loss.
+        ("a10g", 32e9, "warn", "the head in host memory, down to 19.7 GiB"),
         ("t4", 70e9, "fail", "take a larger GPU"),
         ("a10g", 8e9, "ok", ""),
         ("h100", 8e9, "ok", ""),

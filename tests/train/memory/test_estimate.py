@@ -8,12 +8,24 @@ import pytest
 import torch
 import transformers
 from random_weights import GPT_OSS_20B
-from tiny_families import save_experts
+from tiny_families import FAMILIES, new_model, save_experts
 
+from tuneline.kernels.ops.host_tables import move_to_host
+from tuneline.kernels.spec import is_fused_family
 from tuneline.models.experts.forward import use_kernels
 from tuneline.models.nf4 import load_base
+from tuneline.pipelines.plan.model_facts import model_facts
+from tuneline.pipelines.plan.model_files import read_model
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import GIB, WHOLE_SCORES, Settings, Shape, estimate_memory
+from tuneline.train.memory.estimate import (
+    GIB,
+    SCALED_EMBEDDINGS,
+    WHOLE_SCORES,
+    Settings,
+    Shape,
+    estimate_memory,
+    movable_table_bytes,
+)
 from tuneline.train.memory.shape import model_shape
 from tuneline.train.model.targets import adapted_modules, attach_to_the_rest, lora_config
 
@@ -28,6 +40,8 @@ LLAMA_8B = Shape(
     num_quantized=32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336),
     num_other=2 * 128256 * 4096 + 65 * 4096,
     num_adapter=32 * 16 * LORA_SUMS,
+    num_tables=2 * 128256 * 4096,
+    num_copied=128256 * 4096,
 )
 
 
@@ -179,6 +193,92 @@ def test_layers_that_are_not_fused_take_what_they_take_without_kernels():
     stock = dataclasses.replace(LLAMA_8B, is_fused=False)
     with_kernels = dataclasses.replace(settings, fused=True)
     assert estimate_memory(stock, with_kernels) == estimate_memory(LLAMA_8B, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunk"),
+    [
+        ({}, 2048),
+        # The forward of the reference has chunks of their usual size.
+        ({"method": "dpo"}, 4096),
+        ({"method": "kto"}, 4096),
+        # Not without kernels, nor with ZeRO-2.
+        ({"fused": False}, None),
+        ({"num_ranks": 2}, None),
+    ],
+)
+def test_tables_in_host_memory_are_copied_for_the_loss(changes, chunk):
+    settings = Settings(
+        1, 4096, True, quantized=True, itemsize=2, optim="adamw_8bit", fused=True
+    )  # fmt: skip
+    settings = dataclasses.replace(settings, **changes)
+    on_device = estimate_memory(LLAMA_8B, settings)
+    on_host = estimate_memory(LLAMA_8B, dataclasses.replace(settings, tables_on_host=True))
+    table = 2 * 128256 * 4096 if chunk else 0
+    assert movable_table_bytes(LLAMA_8B, settings) == 2 * table == on_host.tables
+    assert on_device.weights - on_host.weights == 2 * table
+    # Beside the copy the last layers' forward runs, which holds more than the loss: dequantised
+    # weights of the MLP; gate, up and their product; four tensors of the size of the hidden states.
+    tokens = 8192 if settings.method == "dpo" else 4096
+    forward = 2 * (3 * 14336 * (4096 + (chunk or 0)) + 4 * tokens * 4096)
+    assert forward > on_device.head
+    assert on_host.head == (table + forward if chunk else on_device.head)
+    assert (on_host.adapter, on_host.activations) == (on_device.adapter, on_device.activations)
+    assert (on_host.total < on_device.total) == bool(chunk)
+
+
+def test_tables_are_on_the_device_until_the_model_is_loaded():
+    settings = Settings(
+        1, 8, True, quantized=True, itemsize=2, optim="sgd", fused=True, tables_on_host=True
+    )  # fmt: skip
+    shape = dataclasses.replace(LLAMA_8B, num_adapter=0, mlp=1, num_copied=0)
+    on_device = estimate_memory(shape, dataclasses.replace(settings, tables_on_host=False))
+    assert estimate_memory(shape, settings).total == on_device.weights
+
+
+FUSED_FAMILIES = [
+    name for name, family in FAMILIES.items() if is_fused_family(family.stem.lower())
+] + ["Qwen3-MoE"]
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        *((name, ()) for name in FUSED_FAMILIES),
+        ("Llama 3", ("lm_head",)),
+        ("Mixtral", ("embed_tokens",)),
+        ("Phi-3", ("embed_tokens", "lm_head")),
+    ],
+)
+def test_the_tables_of_the_estimate_are_those_that_kernels_move(tmp_path, name, saved):
+    model = new_model(FAMILIES[name], vocab_size=96).requires_grad_(False)
+    tables = {
+        "input embedding": model.get_input_embeddings().weight,
+        "head": model.get_output_embeddings().weight,
+    }
+    model.save_pretrained(tmp_path)
+    shapes = {
+        "train": model_shape(tmp_path, LoraConfig(modules_to_save=saved)),
+        "plan": model_facts(read_model(str(tmp_path))).shape(LoraConfig(modules_to_save=saved)),
+    }
+    for module in saved:
+        table = tables[{"lm_head": "head", "embed_tokens": "input embedding"}[module]]
+        table.requires_grad_(True)
+    # Here nothing moves, but the reason is the last one: a table that could move is on a CPU.
+    movable = [
+        name
+        for reason in move_to_host(model)
+        for name in tables
+        if reason == f"the {name} is on cpu, not on a GPU"
+    ]
+    num_tables = sum({id(tables[name]): tables[name].numel() for name in movable}.values())
+    num_copied = tables["head"].numel() if "head" in movable else 0
+    for shape in shapes.values():
+        assert (shape.num_tables, shape.num_copied) == (num_tables, num_copied)
+    embedding = type(model.get_input_embeddings())
+    assert (embedding is not torch.nn.Embedding) == (model.config.model_type in SCALED_EMBEDDINGS)
+    is_tied = tables["input embedding"] is tables["head"]
+    assert is_tied or num_tables == (2 - len(saved)) * 96 * 64
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])

@@ -1,17 +1,20 @@
 """Runs that do not fit their memory: planned smaller, refused, or continued smaller."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from train_setups import cpu_setup
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError, TrainingError
 from tuneline.models.nf4 import load_base
-from tuneline.train import TrainConfig
+from tuneline.train import TrainConfig, within_memory
 from tuneline.train.batch_size import batch_size
-from tuneline.train.memory.available import _container_headroom
-from tuneline.train.memory.estimate import GIB, estimate_memory
+from tuneline.train.memory.available import _CONTEXT_BYTES, _container_headroom
+from tuneline.train.memory.estimate import GIB, estimate_memory, movable_table_bytes
 from tuneline.train.memory.plan import (
     HEAD_ROOM,
     Plan,
@@ -23,7 +26,10 @@ from tuneline.train.memory.plan import (
     smaller_plan,
 )
 from tuneline.train.memory.shape import model_shape
+from tuneline.train.ranks.process import OutOfMemory
 from tuneline.train.run import run
+from tuneline.train.trainer.state import RunState
+from tuneline.train.within_memory import _resumed, _smaller, made_to_fit
 
 SETTINGS = {
     "dtype": "float32",
@@ -131,6 +137,18 @@ def granted(num_bytes):
     return int(num_bytes / (1 - HEAD_ROOM)) + 2
 
 
+def write_llama_8b(directory):
+    """Write the config.json of Llama-3.1-8B."""
+    transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ).save_pretrained(directory)
+
+
 def test_the_smallest_change_that_fits(sizes, caplog):
     config, _, asked, shape, settings, total = sizes
     assert total() > total(rows=2) > total(rows=1) > total(rows=1, recompute=True)
@@ -205,6 +223,143 @@ def test_kernels_keep_what_is_left(sizes):
     assert smaller_plan(smaller).micro_batch_size == 2
     assert "kept_gib 0 instead of all that is free" in smaller.changes_from(plan(lean.total)[0])
     assert found.at_most(smaller).kept_gib == 0 and found.at_most(found) == found
+
+
+def test_tables_go_to_host_memory_before_packs_get_shorter(sizes, caplog):
+    config, _, asked, tied, settings, _ = sizes
+    settings = dataclasses.replace(settings, fused=True)
+    # A head of its own.
+    shape = dataclasses.replace(
+        tied, num_tables=2 * tied.num_tables, num_other=tied.num_other + tied.num_tables
+    )
+    smallest = dataclasses.replace(settings, rows=1, recompute=True)
+    on_host = dataclasses.replace(smallest, tables_on_host=True)
+    needed = estimate_memory(shape, on_host).total
+    assert needed < estimate_memory(shape, smallest).total
+    assert estimate_memory(tied, on_host).total == estimate_memory(tied, smallest).total
+
+    def plan(shape=shape, num_bytes=needed, min_length=None, moves_tables=True, **changes):
+        return fitting_plan(
+            *(config.model_copy(update=changes), asked, shape, settings),
+            available_bytes=granted(num_bytes),
+            min_length=min_length,
+            moves_tables=moves_tables,
+        )
+
+    found, estimate = plan()
+    assert (found.micro_batch_size, found.gradient_checkpointing) == (1, True)
+    assert found.tables_on_host and found.max_seq_length == asked.max_seq_length
+    assert estimate.total == needed
+    words = "the input embedding and the head in host memory"
+    assert f"true instead of false, {words}, which needs" in caplog.text
+    # No key of the recipe does it, so the advice names none.
+    with pytest.raises(RecipeError) as refused:
+        plan(fit="refuse")
+    advice = str(refused.value)
+    assert "set train.fit to auto, which trains with micro_batch_size 1 instead of 4, " in advice
+    assert f", {words} (needs 0.3 GiB, same result)" in advice
+    assert "train.micro_batch_size" not in advice and "tables_on_host" not in advice
+    assert not plan(fit="off")[0].tables_on_host
+    # Packs get shorter only after that, and at once where tables cannot move, or save nothing.
+    half = dataclasses.replace(on_host, length=asked.max_seq_length // 2)
+    for given, moves, in_host in ((shape, True, True), (shape, False, False), (tied, True, False)):
+        needs = estimate_memory(given, dataclasses.replace(half, tables_on_host=in_host)).total
+        found, _ = plan(given, needs, min_length=8, moves_tables=moves)
+        assert (found.tables_on_host, found.max_seq_length) == (in_host, half.length)
+    with pytest.raises(RecipeError, match="the smallest plan needs"):
+        plan(moves_tables=False)
+
+
+def test_a_plan_takes_no_more_memory_than_that_of_its_checkpoint(sizes):
+    _, _, asked, *_ = sizes
+    moved = asked.model_copy(update={"tables_on_host": True})
+    assert asked.at_most(moved).tables_on_host and moved.at_most(asked).tables_on_host
+    state = RunState(plan=RunState(plan=moved).model_dump()["plan"])
+    config = TrainConfig()
+    resumed = _resumed(cpu_setup(config, asked=asked, plan=asked, table_bytes=8), config, state)
+    assert resumed.plan == moved and resumed.table_bytes == 8
+    assert resumed.changes == "the input embedding and the head in host memory"
+    # The machine may have no kernels, or DeepSpeed may send all parameters to the other ranks.
+    resumed = _resumed(cpu_setup(config, asked=asked, plan=asked), config, state)
+    assert resumed.plan == asked
+    state.divides_optimizer = True
+    resumed = _resumed(cpu_setup(config, asked=asked, plan=asked, table_bytes=8), config, state)
+    assert (resumed.plan, resumed.table_bytes) == (asked, 0)
+
+
+def test_tables_move_when_memory_has_run_out():
+    config = TrainConfig(micro_batch_size=1)
+    setup = cpu_setup(config, table_bytes=8)
+    smaller = _smaller(setup, config, OutOfMemory("full"))
+    assert smaller.plan == setup.plan.model_copy(update={"tables_on_host": True})
+    for last in (smaller, cpu_setup(config)):
+        with pytest.raises(TrainingError, match=r"memory ran out \(full\)"):
+            _smaller(last, config, OutOfMemory("full"))
+
+
+@pytest.mark.parametrize(("host_gib", "moves"), [(64, True), (3.9, False)])
+def test_tables_take_at_most_half_of_the_host_memory(
+    tmp_path, monkeypatch, caplog, host_gib, moves
+):
+    write_llama_8b(tmp_path)
+    config = TrainConfig(micro_batch_size=1)
+    setup = cpu_setup(config, max_seq_length=2048, device="cuda", dtype=torch.bfloat16, fused=True)
+    inputs = SimpleNamespace(
+        base_model_dir=tmp_path,
+        manifest=DatasetManifest.model_construct(method="sft", max_seq_length=2048),
+    )
+    # There is no GPU here whose memory could be measured.
+    monkeypatch.setattr(within_memory, "available_memory", lambda *_: int(6.5 * GIB))
+    monkeypatch.setattr(within_memory, "host_memory", lambda num_ranks: int(host_gib * GIB))
+    caplog.set_level("INFO")
+    if not moves:
+        with pytest.raises(RecipeError, match=r"the smallest plan needs 7\.0 GiB"):
+            made_to_fit(setup, config, inputs, is_auto=False)
+        assert "(2.0 GiB) stay in device memory: they may take at most half" in caplog.text
+        return
+    fitted = made_to_fit(setup, config, inputs, is_auto=False)
+    assert fitted.plan.tables_on_host and fitted.table_bytes == 4 * 128256 * 4096
+    assert fitted.changes == "the input embedding and the head in host memory"
+    sharded = dataclasses.replace(setup, divides_optimizer=True, num_ranks=2)
+    with pytest.raises(RecipeError, match="the smallest plan needs"):
+        made_to_fit(sharded, config, inputs, is_auto=False)
+
+
+@pytest.mark.parametrize(
+    ("length", "moves_tables", "fits"),
+    [(2048, False, False), (2048, True, True), (8192, False, False), (8192, True, True)],
+)
+def test_an_8b_model_trains_on_a_gpu_with_8_gb(tmp_path, length, moves_tables, fits):
+    write_llama_8b(tmp_path)
+    config = TrainConfig(micro_batch_size=1)
+    shape = model_shape(tmp_path, config.lora)
+    manifest = DatasetManifest.model_construct(method="sft", max_seq_length=length)
+    asked = recipe_plan(config, batch_size(config, 1), length)
+    settings = run_settings(
+        *(config, manifest, asked),
+        itemsize=2,
+        optimizer=config.optim,
+        device="cuda",
+        fused=True,
+    )
+    # 7.6 GiB are free, of which CUDA's context takes half a GiB.
+    available = int(7.6 * GIB) - _CONTEXT_BYTES
+
+    def plan():
+        return fitting_plan(
+            *(config, asked, shape, settings), available_bytes=available, moves_tables=moves_tables
+        )
+
+    if not fits:
+        with pytest.raises(RecipeError, match=r"takes about 7\.\d GiB .* only 6\.7 of 7\.1 GiB"):
+            plan()
+        return
+    found, estimate = plan()
+    assert found == asked.model_copy(update={"tables_on_host": True, "kept_gib": None})
+    lean = dataclasses.replace(settings, tables_on_host=True)
+    assert estimate_memory(shape, lean).total <= available * (1 - HEAD_ROOM)
+    # Two tables of 128256 x 4096 numbers of two bytes.
+    assert estimate.tables == movable_table_bytes(shape, settings) == 4 * 128256 * 4096
 
 
 def test_packs_get_shorter_only_where_allowed_and_never_cut_a_row(sizes):

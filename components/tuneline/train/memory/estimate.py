@@ -7,7 +7,9 @@
                  tensors as fit into the memory that is free
     working set  what the backward pass of one layer takes in addition: recomputed activations, a
                  dequantised weight, gradients
-    head         what the loss holds at once: logits, and tensors of their size or of hidden states
+    head         what the loss holds at once: logits, and tensors of their size or of hidden states.
+                 If the head's weight is in host memory: its copy, and what the loss or the forward
+                 of a layer, beside which the copy is made, holds at once
 
 The numbers of stored tensors are those of transformers' Llama family: a RMSNorm stores its input in
 fp32 and its output; attention stores q, k, v and its output; the MLP stores four tensors of its
@@ -27,7 +29,7 @@ This module is importable without torch, because `tuneline plan` uses it on a la
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tuneline.artifacts import Method
+from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.kernels.limits import (
     KEPT_MLP_CHUNK_TOKENS,
     MIN_ADAPTER_COLUMNS,
@@ -55,6 +57,10 @@ TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 """Names in configs of the number of experts, and of the number that computes each token."""
 WHOLE_SCORES = ("gpt_oss",)
 """Model types whose attention in transformers holds a whole matrix of scores per head."""
+
+SCALED_EMBEDDINGS = ("gemma2", "gemma3", "gemma3_text")
+"""Model types with fused layers whose input embedding scales its rows, and so is not a plain
+nn.Embedding. Kernels leave such an embedding on the device, with a head tied to it."""
 
 _EXPERT_ARENA = 2 * GIB
 # Most bytes that the kernels take for the dequantised experts of a layer.
@@ -95,6 +101,11 @@ class Shape:
     """Parameters of all other modules."""
     num_adapter: int
     """Trained parameters."""
+    num_tables: int = 0
+    """Parameters of the input embedding and of the head, as far as kernels can keep them in host
+    memory: a tied table counts once, a trained one does not count."""
+    num_copied: int = 0
+    """Parameters of the head among `num_tables`, which are copied to the device for the loss."""
     fused_qkv: int = 0
     """Output width of the linear layer that computes q, k and v at once; 0 if there is none. Its
     output is stored in addition to q, k and v."""
@@ -134,6 +145,8 @@ class Settings:
     not be recomputed."""
     num_ranks: int = 1
     """Ranks over which ZeRO-2 divides gradients and optimizer state."""
+    tables_on_host: bool = False
+    """Whether the input embedding and the head are in host memory, as far as they can be."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +158,14 @@ class MemoryEstimate:
     activations: int
     working_set: int
     head: int
+    tables: int = 0
+    """Bytes of tables in host memory, which are on the device until the model is loaded."""
 
     @property
     def total(self) -> int:
         """The peak. It has only the larger of working set and head, which never coincide."""
-        return self.weights + self.adapter + self.activations + max(self.working_set, self.head)
+        step = self.adapter + self.activations + max(self.working_set, self.head)
+        return self.weights + max(step, self.tables)
 
     def __str__(self) -> str:
         """Return the total and its parts in GiB, for a log."""
@@ -164,6 +180,17 @@ def shards_optimizer(config: TrainConfig, num_gpus: int) -> bool:
         return False
     is_large = bool(config.lora.modules_to_save) or config.offload_optimizer
     return is_large or config.sharding == "zero2"
+
+
+def movable_table_bytes(shape: Shape, settings: Settings) -> int:
+    """Return the bytes of the tables that a rank can keep in host memory; 0 if there are none.
+
+    ZeRO-2 keeps them on the device: DeepSpeed sends all parameters from rank 0 to the other ranks,
+    which only works for those on devices.
+    """
+    if not (settings.fused and shape.is_fused) or settings.num_ranks > 1:
+        return 0
+    return shape.num_tables * settings.itemsize
 
 
 def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
@@ -196,7 +223,17 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
         head = 12 * tokens * shape.vocab
     else:
         head = tokens * shape.hidden * (4 + itemsize) + _HEAD_TILE * itemsize
-    return MemoryEstimate(*map(int, (weights, adapter, activations, working_set, head)))
+    tables = movable_table_bytes(shape, settings) if settings.tables_on_host else 0
+    if tables:
+        weights -= tables
+        # While the head arrives, the last layers run; while the policy's copy waits for its
+        # backward pass, all layers of the reference.
+        chunk = MLP_CHUNK_TOKENS // (1 if settings.method in PREFERENCE_METHODS else 2)
+        forward = working_set
+        if shape.experts is None:
+            forward = _forward_bytes(shape, tokens, itemsize, min(tokens, chunk))
+        head = shape.num_copied * itemsize + max(head, forward)
+    return MemoryEstimate(*map(int, (weights, adapter, activations, working_set, head, tables)))
 
 
 def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
@@ -302,6 +339,21 @@ def _fused_bytes(shape: Shape, tokens: int, itemsize: int, kept: bool) -> tuple[
     arenas = 3 * shape.mlp * shape.hidden
     temporaries = chunk * (4 * shape.mlp + 2 * shape.mlp)
     return num_inputs * tokens * row, itemsize * (arenas + temporaries) + 8 * tokens * row
+
+
+def _forward_bytes(shape: Shape, tokens: int, itemsize: int, chunk: int) -> int:
+    """Return what the MLP of a fused layer holds at once in a forward over chunks of tokens.
+
+    It holds dequantised weights; gate, up and their product; and four tensors of the size of the
+    hidden states.
+
+    Args:
+        shape: Shape of the base model.
+        tokens: Tokens per micro-batch.
+        itemsize: Bytes of the compute type.
+        chunk: Tokens per chunk: fewer while the head is copied.
+    """
+    return itemsize * (3 * shape.mlp * (shape.hidden + chunk) + 4 * tokens * shape.hidden)
 
 
 def _state_bytes(optim: str, num_parameters: int) -> float:

@@ -1,9 +1,10 @@
 """The settings that memory depends on, and how they are reduced until a run fits.
 
 They are reduced in this order, until the run fits: smaller micro-batches, with the same examples
-per optimizer step; recomputed activations; and, if the recipe allows it, shorter packs, as long as
-no row is cut. None of these changes what is learned. If memory runs out in spite of the estimate,
-fused kernels first stop keeping activations. Then the first two reductions are made in the same
+per optimizer step; recomputed activations; the input embedding and the head in host memory, if
+fused kernels run and do not train them; and, if the recipe allows it, shorter packs, as long as no
+row is cut. None of these changes what is learned. If memory runs out in spite of the estimate,
+fused kernels first stop keeping activations. Then the first three reductions are made in the same
 order, but packs keep their length.
 """
 
@@ -21,6 +22,12 @@ from tuneline.train.memory.estimate import GIB, MemoryEstimate, Settings, Shape,
 
 logger = logging.getLogger(__name__)
 
+_PLACES = {
+    True: "the input embedding and the head in host memory",
+    False: "the input embedding and the head in device memory",
+}
+# In words, by `Plan.tables_on_host`.
+
 
 class Plan(StrictModel):
     """The settings that memory depends on. Training reads them from its plan, not the config."""
@@ -35,6 +42,8 @@ class Plan(StrictModel):
     """Tokens per pack."""
     kept_gib: float | None = 0.0
     """GiB in which fused kernels may keep activations. null: all memory that is free."""
+    tables_on_host: bool = False
+    """Whether fused kernels keep the input embedding and the head in host memory."""
 
     def accumulation_steps(self, num_ranks: int) -> int:
         """Return the number of micro-batches per optimizer step on one rank."""
@@ -52,8 +61,8 @@ class Plan(StrictModel):
     def at_most(self, other: "Plan") -> "Plan":
         """Return this plan, changed so that it takes no more memory than another plan.
 
-        Only the micro-batch, the recomputation and `kept_gib` change. Call `divided_over` on the
-        result, because its micro-batch may not divide a rank's part of the global batch.
+        The length and number of packs do not change. Call `divided_over` on the result, because its
+        micro-batch may not divide a rank's part of the global batch.
         """
         return self.model_copy(
             update={
@@ -61,6 +70,7 @@ class Plan(StrictModel):
                 "gradient_checkpointing": self.gradient_checkpointing
                 or other.gradient_checkpointing,
                 "kept_gib": 0.0 if other.kept_gib == 0 else self.kept_gib,
+                "tables_on_host": self.tables_on_host or other.tables_on_host,
             }
         )
 
@@ -68,13 +78,19 @@ class Plan(StrictModel):
         """Return a human-readable list of the settings in which this plan differs from another."""
         values = other.model_dump()
         return ", ".join(
-            f"{name} {_text(value)} instead of {_text(values[name])}"
+            _PLACES[bool(value)]
+            if name == "tables_on_host"
+            else f"{name} {_text(value)} instead of {_text(values[name])}"
             for name, value in self.model_dump().items()
             if value != values[name]
         )
 
     def as_settings(self, other: "Plan") -> str:
-        """Return the changes from another plan as keys of a recipe and their new values."""
+        """Return the changes from another plan as keys of a recipe and their new values.
+
+        No key decides where the tables are, so `tables_on_host` has to be the same in both plans.
+        """
+        assert self.tables_on_host == other.tables_on_host
         sections = {"max_seq_length": "prepare"}
         values = other.model_dump()
         return " and ".join(
@@ -98,12 +114,15 @@ def recipe_plan(config: TrainConfig, size: BatchSize, max_seq_length: int) -> Pl
     ).divided_over(size.num_ranks)
 
 
-def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
+def smaller_plan(
+    plan: Plan, *, min_length: int | None = None, moves_tables: bool = False
+) -> Plan | None:
     """Return the next plan that takes less memory, or None if there is none.
 
     Args:
         plan: The plan that takes too much memory.
         min_length: Tokens below which no pack may be shortened. None: packs keep their length.
+        moves_tables: Whether the input embedding and the head can be in host memory.
     """
     if plan.kept_gib != 0:
         return plan.model_copy(update={"kept_gib": 0.0})
@@ -111,6 +130,8 @@ def smaller_plan(plan: Plan, *, min_length: int | None = None) -> Plan | None:
         return _with_fewer_examples(plan)
     if not plan.gradient_checkpointing:
         return plan.model_copy(update={"gradient_checkpointing": True})
+    if moves_tables and not plan.tables_on_host:
+        return plan.model_copy(update={"tables_on_host": True})
     if min_length is not None and plan.max_seq_length // 2 >= min_length:
         # Half the tokens per pack, so twice the packs per optimizer step.
         return plan.model_copy(
@@ -195,6 +216,7 @@ def fitting_plan(
     *,
     available_bytes: int,
     min_length: int | None = None,
+    moves_tables: bool = False,
 ) -> tuple[Plan, MemoryEstimate]:
     """Return the first plan whose estimate fits, and its estimate.
 
@@ -206,6 +228,7 @@ def fitting_plan(
         settings: Settings of the run, see `run_settings`.
         available_bytes: Memory that a rank may take on its device.
         min_length: See `min_pack_length`.
+        moves_tables: Whether the input embedding and the head can be in host memory.
 
     Raises:
         RecipeError: the recipe's own plan does not fit and `fit` is refuse, or no plan fits.
@@ -229,16 +252,22 @@ def fitting_plan(
         f"{usable / GIB:.1f} of {available_bytes / GIB:.1f} GiB free can be used"
     )
     smallest = needed
-    for plan in _plans(asked, min_length):
+    moves_tables = moves_tables and _tables_save_memory(asked, shape, settings)
+    for plan in _plans(asked, min_length, moves_tables):
         estimate = _estimate(shape, settings, plan)
         smallest = min(smallest, estimate, key=lambda one: one.total)
         if estimate.total > usable:
             continue
         changes = plan.changes_from(asked)
         if config.fit == "refuse":
+            needs = f"(needs {estimate.total / GIB:.1f} GiB, same result)"
+            if plan.tables_on_host:
+                raise RecipeError(
+                    f"train: {where}: set train.fit to auto, which trains with {changes} {needs}"
+                )
             raise RecipeError(
-                f"train: {where}: set {plan.as_settings(asked)} (needs {estimate.total / GIB:.1f} "
-                "GiB, same result), or set train.fit to auto, which makes this change"
+                f"train: {where}: set {plan.as_settings(asked)} {needs}, or set train.fit to auto, "
+                "which makes this change"
             )
         logger.warning(
             "%s: using %s, which needs %.1f GiB; every step learns from the same tokens",
@@ -260,11 +289,23 @@ def _with_fewer_examples(plan: Plan) -> Plan:
     return plan.model_copy(update={"micro_batch_size": fewer})
 
 
-def _plans(plan: Plan, min_length: int | None) -> Iterator[Plan]:
-    smaller = smaller_plan(plan, min_length=min_length)
+def _tables_save_memory(asked: Plan, shape: Shape, settings: Settings) -> bool:
+    """Return whether a run takes less memory if its tables are in host memory.
+
+    It does not if the loss takes more memory than a layer's backward pass, and the head, which is
+    copied for the loss, is the only table, because the input embedding is tied to it.
+    """
+    least = asked.model_copy(update={"micro_batch_size": 1, "gradient_checkpointing": True})
+    moved = least.model_copy(update={"tables_on_host": True})
+    return _estimate(shape, settings, moved).total < _estimate(shape, settings, least).total
+
+
+def _plans(plan: Plan, min_length: int | None, moves_tables: bool) -> Iterator[Plan]:
+    smaller: Plan | None = plan
     while smaller is not None:
-        yield smaller
-        smaller = smaller_plan(smaller, min_length=min_length)
+        smaller = smaller_plan(smaller, min_length=min_length, moves_tables=moves_tables)
+        if smaller is not None:
+            yield smaller
 
 
 def _usable(available_bytes: int) -> int:
@@ -279,6 +320,7 @@ def _estimate(shape: Shape, settings: Settings, plan: Plan) -> MemoryEstimate:
             rows=plan.micro_batch_size,
             length=min(plan.max_seq_length, settings.length),
             recompute=plan.gradient_checkpointing,
+            tables_on_host=plan.tables_on_host,
         ),
     )
 

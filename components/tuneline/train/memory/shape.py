@@ -55,6 +55,7 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
     }
     num_quantized = sum(weights[name].numel() for name in quantized_modules(model))
     num_quantized += sum(stack.numel for stack in stacks.values())
+    tables, num_copied = _tables(model, lora)
     return Shape(
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -65,11 +66,35 @@ def model_shape(base_model_dir: str | Path, lora: LoraConfig) -> Shape | None:
         num_quantized=num_quantized,
         num_other=num_parameters - num_quantized,
         num_adapter=num_adapter,
+        num_tables=sum(tables),
+        num_copied=num_copied,
         fused_qkv=_fused_qkv(model),
         experts=experts,
         is_fused=_is_fused(model),
         score_heads=config.num_attention_heads if config.model_type in WHOLE_SCORES else 0,
     )
+
+
+def _tables(model: Any, lora: LoraConfig) -> tuple[list[int], int]:
+    """Return the sizes of the tables that kernels can keep in host memory, and of the head in them.
+
+    The rules are those of `kernels.ops.host_tables`, which moves them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    trained = {
+        module
+        for name, module in model.named_modules()
+        if any(is_called(name, saved) for saved in lora.modules_to_save)
+    }
+    moves = {
+        embedding: type(embedding) is nn.Embedding and embedding not in trained,
+        head: type(head) is nn.Linear and head.bias is None and head not in trained,
+    }
+    if head is not None and head.weight is embedding.weight:
+        size = embedding.weight.numel() if all(moves.values()) else 0
+        return [size], size
+    sizes = [module.weight.numel() if can_move else 0 for module, can_move in moves.items()]
+    return sizes, sizes[-1]
 
 
 def _experts(stacks: dict[str, Stack], model: Any, config: Any) -> Experts | None:

@@ -90,9 +90,11 @@ class Estimate:
     """Tokens per row."""
     gpu_bytes: float
     """GPU memory of training with the recipe's settings."""
+    single_gpu_bytes: float
+    """GPU memory with a micro-batch of 1 and gradient checkpointing."""
     least_gpu_bytes: float
-    """GPU memory with a micro-batch of 1 and gradient checkpointing, which the train step uses if
-    nothing else fits into memory."""
+    """The same with the input embedding and the head in host memory, if kernels can keep them
+    there. The train step does so if nothing else fits into memory."""
     artifact_bytes: float
     """Size of all artifacts of the run."""
     tokens_per_second: float | None
@@ -158,7 +160,9 @@ def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = N
         num_ranks=gpus if divides else 1,
     )
     gpu_bytes = estimate_memory(shape, settings).total
-    smallest = replace(settings, rows=1, recompute=True)
+    single = replace(settings, rows=1, recompute=True)
+    single_bytes = min(gpu_bytes, estimate_memory(shape, single).total)
+    smallest = estimate_memory(shape, replace(single, tables_on_host=True))
     base = 2 * num_parameters
     formats = [name for kind in EXPORT_KINDS for name in getattr(recipe.quantize, kind)]
     exports = sum(num_parameters * FORMATS[name].bits_per_weight / 8 for name in formats)
@@ -176,7 +180,8 @@ def estimate(recipe: Recipe, num_parameters: float, facts: ModelFacts | None = N
         num_parameters=num_parameters,
         length=length,
         gpu_bytes=gpu_bytes,
-        least_gpu_bytes=min(gpu_bytes, estimate_memory(shape, smallest).total),
+        single_gpu_bytes=single_bytes,
+        least_gpu_bytes=min(single_bytes, smallest.total),
         artifact_bytes=base * 2 + f16 + exports + 4 * shape.num_adapter,
         tokens_per_second=None if seconds is None else 1 / seconds,
         num_tokens=num_tokens,
@@ -260,6 +265,7 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
     sides = sum(SIDES.get(name, max(SIDES.values())) for name in targets)
     # Only embeddings are trained in full beside an adapter: embed_tokens, lm_head.
     num_saved = len(lora.modules_to_save) * embedding / 2
+    num_copied = 0.0 if "lm_head" in lora.modules_to_save else embedding / 2
     return Shape(
         num_layers=num_layers,
         hidden=width,
@@ -270,4 +276,6 @@ def llama_shape(num_parameters: float, lora: LoraConfig) -> Shape:
         num_quantized=int(num_parameters - embedding),
         num_other=int(embedding),
         num_adapter=int(lora.r * num_layers * width * sides + num_saved),
+        num_tables=int(max(0.0, embedding - num_saved)),
+        num_copied=int(num_copied),
     )

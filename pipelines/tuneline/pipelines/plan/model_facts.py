@@ -11,7 +11,14 @@ from tuneline.kernels.spec import is_fused_family
 from tuneline.models.multimodal import LOADED_PARTS, text_config
 from tuneline.pipelines.plan.model_files import ModelFiles, Unknown
 from tuneline.train.config import LoraConfig
-from tuneline.train.memory.estimate import EXPERT_COUNTS, TOP_K, WHOLE_SCORES, Experts, Shape
+from tuneline.train.memory.estimate import (
+    EXPERT_COUNTS,
+    SCALED_EMBEDDINGS,
+    TOP_K,
+    WHOLE_SCORES,
+    Experts,
+    Shape,
+)
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.")
@@ -63,6 +70,8 @@ class ModelFacts:
     """Number of parameters of each module that has any, by its name."""
     is_fused: bool
     """Whether the family has fused layers."""
+    scales_embedding: bool = False
+    """Whether the input embedding scales its rows, see `SCALED_EMBEDDINGS`."""
     has_linear_attention: bool = False
     """Whether some layers pass a state along the sequence instead of attending to it."""
 
@@ -73,6 +82,7 @@ class ModelFacts:
         if lora.experts and self.experts is not None:
             per_expert = 2 * self.sizes["hidden"] + 3 * self.experts.width
             sides += self.experts.num_layers * self.experts.num_experts * per_expert
+        num_tables, num_copied = self._tables(lora)
         return Shape(
             **self.sizes,
             num_quantized=self.num_parameters - self.num_other,
@@ -81,9 +91,24 @@ class ModelFacts:
             + sum(
                 count for name, count in self.modules.items() if _is_any(name, lora.modules_to_save)
             ),
+            num_tables=num_tables,
+            num_copied=num_copied,
             experts=self.experts,
             is_fused=self.is_fused,
         )
+
+    def _tables(self, lora: LoraConfig) -> tuple[int, int]:
+        """Return the parameters of `Shape.num_tables` and `Shape.num_copied`."""
+        sizes = {"embed_tokens": 0, "lm_head": 0}
+        for name, count in self.modules.items():
+            end = name.rpartition(".")[2]
+            if end in sizes and not _NOT_TEXT.search(name):
+                sizes[end] = 0 if _is_any(name, lora.modules_to_save) else count
+        embedding = 0 if self.scales_embedding else sizes["embed_tokens"]
+        if not any(name.endswith("lm_head") for name in self.modules):
+            # The head is tied to the embedding.
+            return embedding, embedding
+        return embedding + sizes["lm_head"], sizes["lm_head"]
 
 
 def model_facts(files: ModelFiles) -> ModelFacts:
@@ -132,6 +157,7 @@ def model_facts(files: ModelFiles) -> ModelFacts:
         sizes=sizes,
         modules=dict(modules),
         is_fused=is_fused_family(str(text.get("model_type"))),
+        scales_embedding=str(text.get("model_type")) in SCALED_EMBEDDINGS,
         has_linear_attention=any(_STATE.search(name) for name in modules),
     )
 

@@ -231,8 +231,15 @@ def _gpu_memory(recipe: Recipe, estimated: Estimate, fail_factor: float) -> Chec
     least = f"{estimated.least_gpu_bytes / GIB:.1f} GiB"
     if estimated.gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
         return Check("GPU memory", "ok", words)
+    if estimated.single_gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
+        single = f"{estimated.single_gpu_bytes / GIB:.1f} GiB"
+        advice = f"train will use smaller micro-batches, and more per step, down to {single}"
+        return Check("GPU memory", "warn", words, advice)
     if estimated.least_gpu_bytes <= MEMORY_FRACTION * gpu.memory_bytes:
-        advice = f"train will use smaller micro-batches, and more per step, down to {least}"
+        advice = (
+            "train will use micro-batches of 1 and, if these are not enough, keep the input "
+            f"embedding and the head in host memory, down to {least}"
+        )
         return Check("GPU memory", "warn", words, advice)
     verdict = _verdict(estimated.least_gpu_bytes, gpu.memory_bytes, fail_factor)
     advice = "lower prepare.max_seq_length or train.lora.r, or take a larger GPU"
