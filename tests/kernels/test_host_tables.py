@@ -102,10 +102,13 @@ def _as_if_moved(device):
 
 
 def test_a_table_on_the_host_stays_there_when_the_model_moves():
-    model = _as_if_moved("cpu").to(torch.float64)
-    assert (
-        model.head.weight.dtype == torch.float32 and model.embedding.weight.dtype == torch.float64
-    )
+    model = _as_if_moved("cpu").to("meta")
+    assert model.head.weight.device.type == "cpu" and model.embedding.weight.device.type == "meta"
+
+
+def test_a_table_on_the_host_is_not_converted_without_a_word():
+    with pytest.raises(ValueError, match="stays in torch.float32: to convert the model to .*16"):
+        _as_if_moved("cpu").half()
 
 
 def test_a_copy_of_the_head_is_there_only_where_it_is_expected(generator):
@@ -118,6 +121,9 @@ def test_a_copy_of_the_head_is_there_only_where_it_is_expected(generator):
         copy = head._tuneline_copy[0]
         head.begin()
         assert head._tuneline_copy[0] is copy and head_weight(head) is copy
+        with head.expected(torch.zeros(1)):
+            assert head_weight(head) is copy
+        assert head_weight(head) is copy
         raise KeyError
     assert head._tuneline_copy is None
     assert torch.equal(head_weight(head), head.weight) and head._tuneline_copy is None

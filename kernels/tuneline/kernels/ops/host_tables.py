@@ -2,6 +2,7 @@
 
     y_t = embedding[id_t]        the GPU reads the rows over PCIe
     z = h head^T                 the head is copied to the GPU for each forward, and freed after it
+                                 (after its backward, if autograd needs it for dh)
 
 Each table of 128256 x 4096 takes 1.05 GB of GPU memory, but a step of 8192 tokens reads only 67 MB
 of the embedding. One kernel reads those rows directly from host memory (1.2 ms at 55 GB/s). The IDs
@@ -20,7 +21,7 @@ Shapes: ids [...]; table [V, C]; y [..., C]; h [..., C]; z [..., V].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -56,6 +57,13 @@ class _HostTable(nn.Module):
     """Device of the table before the table was moved to the host."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = cast(Any, self).weight.dtype
+        wanted = fn(torch.empty(0, dtype=dtype)).dtype
+        if wanted != dtype:
+            raise ValueError(
+                f"a table in host memory stays in {dtype}: to convert the model to {wanted}, first "
+                "unpatch it, or patch it without tables_on_host"
+            )
         return self
 
 
@@ -80,11 +88,14 @@ class HostHead(_HostTable, nn.Linear):
 
     @contextmanager
     def expected(self, copy: Tensor | None = None) -> Iterator[None]:
-        """Let `begin` start a copy in this block; the end of the block forgets the copy.
+        """Let `begin` start a copy in this block; the end of the outermost block forgets the copy.
 
         Args:
             copy: A copy that an earlier block has made, to be read again instead of a new one.
         """
+        if self._tuneline_is_expected:
+            yield
+            return
         self._tuneline_is_expected = True
         if copy is not None:
             self._tuneline_copy = copy, None
@@ -121,7 +132,7 @@ class HostHead(_HostTable, nn.Linear):
 
     def on_device(self) -> Tensor:
         """Return the weight on the GPU; the work that is queued next waits for its copy."""
-        with nullcontext() if self._tuneline_is_expected else self.expected():
+        with self.expected():
             self.begin()
             assert self._tuneline_copy is not None
             copy, arrived = self._tuneline_copy
@@ -178,6 +189,8 @@ def move_to_host(causal: Any) -> list[str]:
 
 def _reason(module: Any, kind: type[nn.Module]) -> str | None:
     """Return why a table cannot move to the host, or None if it can."""
+    if module is None:
+        return "does not exist"
     if type(module) is not kind:
         return f"is a {type(module).__name__}, not an nn.{kind.__name__}"
     if module.weight.requires_grad:
