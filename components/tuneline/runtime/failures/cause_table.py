@@ -41,8 +41,8 @@ CAUSES = (
         r"oomkilled|exit(ed with)? (code|status):? ?137\b|exit_code=137\b|exited with 137\b"
         r"|\bsignal:? (9|killed)\b|\bsigkill\b|cannot allocate memory|\bmemoryerror\b"
         r"|exit code:? ?-9\b|defaultcpuallocator",
-        "The step was killed, most often because the pod's memory limit or the machine's memory was "
-        "exhausted.",
+        "The step was killed, most often because the pod's memory limit or the machine's memory "
+        "was exhausted.",
         "Give the step more memory (the pod's memory limit), or lower prepare.max_seq_length or "
         "the batch size. If something else killed it, `tuneline resume RUN` repeats the step; "
         "training continues from its checkpoint.",
