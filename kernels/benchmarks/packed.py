@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--out-dir", type=Path, default=train_step.RESULTS_DIR)
-    parser.add_argument("--trace", action="store_true", help="trace one of tuneline's steps")
+    parser.add_argument("--profile", action="store_true", help="profile two of tuneline's steps")
     parser.add_argument(
         "--peer-packages", type=Path, help="folder of the package versions that Unsloth asks for"
     )
@@ -95,10 +95,10 @@ def take_turns(
     collected: dict[str, list[dict[str, Any]]] = {}
     for turn in range(args.rounds):
         for engine, process in workers.items():
-            traces = args.trace and engine == "tuneline" and turn == args.rounds - 1
-            trace = str(args.out_dir / f"packed_trace_{mode}.json.gz") if traces else None
+            profiles = args.profile and engine == "tuneline" and turn == args.rounds - 1
+            profile = str(args.out_dir / f"profile_packed_{mode}.txt") if profiles else None
             request = {"mode": mode, "warmup": args.warmup, "steps": args.steps}
-            send(process, {**request, "trace": trace})
+            send(process, {**request, "profile": profile})
             result = receive(process)
             if "error" in result:
                 print(f"{engine} {mode}: {result['error']}", flush=True)
@@ -249,8 +249,9 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        if request["trace"]:
-            write_trace(trainer, Path(request["trace"]))
+        if request["profile"]:
+            trainer.args.max_steps = 2
+            train_step.write_profile(trainer.train, Path(request["profile"]), num_steps=2)
     finally:
         # Free what the trainer holds: the next trainer creates its own optimizer.
         trainer.optimizer = trainer.lr_scheduler = None
@@ -265,17 +266,6 @@ def run(state: dict[str, Any], engine: str, request: dict[str, Any]) -> dict[str
         "versions": f"torch {torch.__version__} transformers {transformers.__version__} "
         f"trl {trl.__version__}",
     }
-
-
-def write_trace(trainer: Any, path: Path) -> None:
-    """Write a trace of host and device over two more steps, for a trace viewer."""
-    from torch.profiler import ProfilerActivity, profile
-
-    trainer.args.max_steps = 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        trainer.train()
-    profiler.export_chrome_trace(str(path))
 
 
 def make_trainer(

@@ -402,15 +402,21 @@ def run_steps(model: Any, optimizer: Any, request: dict[str, Any]) -> dict[str, 
     }
 
 
-def write_profile(step: Any, path: Path) -> None:
-    """Write device time by kernel of one step and its number of launches, and a trace of it."""
+def write_profile(run: Any, path: Path, num_steps: int = 1) -> None:
+    """Write device time by kernel and number of launches per step, and a trace of host and device.
+
+    Args:
+        run: Function that runs the steps.
+        path: Text file of the table; the trace is beside it.
+        num_steps: Steps that `run` runs.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     path.parent.mkdir(parents=True, exist_ok=True)
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        step()
+        run()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
     averages = profiler.key_averages()
@@ -418,10 +424,12 @@ def write_profile(step: Any, path: Path) -> None:
         (e for e in averages if e.device_type.name == "CUDA"),
         key=lambda e: -e.self_device_time_total,
     )
-    total = sum(e.self_device_time_total for e in kernels)
-    lines = [f"device busy {total / 1e3:.1f} ms, {sum(e.count for e in kernels)} kernels"]
+    total = sum(e.self_device_time_total for e in kernels) / num_steps
+    count = sum(e.count for e in kernels) // num_steps
+    lines = [f"device busy {total / 1e3:.1f} ms, {count} kernels"]
     lines += [
-        f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x {e.key[:110]}"
+        f"{e.self_device_time_total / num_steps / 1e3:9.2f} ms {e.count // num_steps:6} x "
+        f"{e.key[:110]}"
         for e in kernels[:60]
     ]
     path.write_text("\n".join(lines) + "\n")
