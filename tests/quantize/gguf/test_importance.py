@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from gguf import GGUFWriter
 
 from tuneline.artifacts import DatasetManifest, ImportanceMatrix, MergeProof
 from tuneline.errors import DataError, ModelError, RecipeError, ToolError, WorldError
@@ -252,6 +253,23 @@ def test_what_is_no_matrix(f16_dir: Path, tmp_path: Path) -> None:
         importance_file.read(tmp_path / FILE)
     with pytest.raises(ToolError, match="llama.cpp cannot load"):
         collect(tmp_path / FILE, [[1]])
+
+
+@pytest.mark.parametrize(
+    "types", [{"in_sum2": "float16", "counts": "float32"}, {"in_sum2": "float32"}]
+)
+def test_sums_of_another_type_and_sums_without_counts_are_no_matrix(
+    types: dict[str, str], tmp_path: Path
+) -> None:
+    writer = GGUFWriter(tmp_path / FILE, "imatrix")
+    for name, dtype in types.items():
+        writer.add_tensor(f"blk.0.ffn_up.weight.{name}", numpy.ones((1, 4), dtype=dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ToolError, match="contains no importance matrix"):
+        importance_file.read(tmp_path / FILE)
 
 
 def test_it_needs_rows(f16_dir: Path, prepared_dir: Path, tmp_path: Path) -> None:

@@ -95,12 +95,15 @@ def read(file: Path) -> dict[str, Importance]:
         values = {}
         for index in range(ggml.gguf_get_n_tensors(gguf)):
             name = ggml.gguf_get_tensor_name(gguf, index)
+            # Data of another type has another size; reading it as float32 would go past its end.
+            if ggml.gguf_get_tensor_type(gguf, index) != F32:
+                continue
             tensor = ggml.ggml_get_tensor(tensors, name)
             pointer = ctypes.cast(ggml.ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
             shape = (ggml.ggml_nelements(tensor),)
             values[name.decode()] = numpy.ctypeslib.as_array(pointer, shape).astype(numpy.float64)
     names = [name.removesuffix(SUMS) for name in values if name.endswith(SUMS)]
-    if not names:
+    if not names or any(name + COUNTS not in values for name in names):
         raise ToolError(
             f"{file} contains no importance matrix: use the file that measure-importance wrote"
         )
