@@ -41,7 +41,7 @@ def _layers(tensors, *, keep=True, scaling=1.0):
 
 def _key(layers, x, cos):
     """Return all that the graph of these layers depends on."""
-    return _shapes(layers, x, cos), tuple(graph_addresses(layers))
+    return _shapes(layers, x, cos), graph_addresses(layers)
 
 
 @pytest.fixture

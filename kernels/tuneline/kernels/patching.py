@@ -142,8 +142,8 @@ class _ModelCall:
     head: HostHead | None = None
     head_at: int = 0
     """Index of the layer at which the copy of the head to the GPU begins."""
-    addresses: list[Any] = field(default_factory=list)
-    """What a graph of these layers depends on; filled in when it is first needed."""
+    addresses: tuple[Any, ...] = ()
+    """What a graph of these layers depends on; see `graph_addresses`."""
 
     def again(self, plan: AttentionPlan) -> _ModelCall:
         """Return the same decisions for the sequences of another forward."""
@@ -158,10 +158,7 @@ class _ModelCall:
         """Return a free graph of all layers, or None; see `GraphCache.find`."""
         if self.graphs is None:
             return None
-        layers = list(self.layers.values())
-        if not self.addresses:
-            self.addresses.extend(graph_addresses(layers))
-        return self.graphs.find(layers, tuple(self.addresses), x_BLC, cos, sin)
+        return self.graphs.find(list(self.layers.values()), self.addresses, x_BLC, cos, sin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +565,8 @@ def _decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> _ModelCall | N
     if not graphed:
         return _ModelCall(layers, head=engine.head, head_at=head_at)
     engine.kept_in_graphs[graph_tokens] = kept
-    call = _ModelCall(layers, engine.graphs, head=engine.head)
+    addresses = graph_addresses(list(layers.values()))
+    call = _ModelCall(layers, engine.graphs, head=engine.head, addresses=addresses)
     engine.repeated[form] = _Repeated(call, kept, longest)
     return call
 

@@ -177,9 +177,7 @@ def attention_half_backward(
         do_TC = normed_gradient(dx2_TC, half.branch_TC, weights.after_attention_norm, weights)
     if weights.branch_scale != 1:
         do_TC, do_TCP = do_TC * weights.branch_scale, None
-    operands = half.o_operands
-    if operands is None:
-        operands = group_operands(group, x_TC, packs=False)
+    operands = half.o_operands or group_operands(group, x_TC, packs=False)
     half.o_operands = None
     da_TK, g_TP = operands.input_gradient(do_TC, do_TCP)
     del operands

@@ -317,7 +317,7 @@ def _shapes(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
     return ((x_BLC.shape[0], length), x_BLC.shape[2], x_BLC.dtype, cos.shape[::2], room)
 
 
-def graph_addresses(layers: Layers) -> list[Any]:
+def graph_addresses(layers: Layers) -> tuple[Any, ...]:
     """Return the options and addresses that a captured graph depends on."""
     baked: list[Any] = []
     for weights, call in layers:
@@ -333,4 +333,4 @@ def graph_addresses(layers: Layers) -> list[Any]:
                 if linear.adapter is not None:
                     baked += [tensor.data_ptr() for tensor in linear.adapter]
                     baked += [linear.scaling, linear.rank]
-    return baked
+    return tuple(baked)

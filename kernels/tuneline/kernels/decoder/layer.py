@@ -107,6 +107,11 @@ class LayerCall:
             return Saved(True, True, True)
         return self.waits if self.parks or self.holds else Saved()
 
+    def park(self, tensors: list[Any]) -> Ticket:
+        """Start the copies of a parking layer's tensors to the host."""
+        assert self.stash is not None
+        return self.stash.put(tensors)
+
 
 def fused_layer(
     x_BLC: Tensor, cos: Tensor, sin: Tensor, weights: LayerWeights, call: LayerCall
@@ -186,8 +191,7 @@ def layer_forward(
     if call.parks and weights.after_mlp_norm is None:
         # Copied while the MLP runs. The preceding layer's copies end here, which frees their memory
         # before the MLP takes its own.
-        assert call.stash is not None
-        ticket, parkable = call.stash.put(parkable), []
+        ticket, parkable = call.park(parkable), []
     routing: tuple[Tensor, ...] = ()
     if weights.routed is None:
         y_TC, gate_up_TF, down_input_TP, d_TC, mlp_normed = mlp_forward(
@@ -206,8 +210,7 @@ def layer_forward(
             x2_TC, weights, call.keep, keep_normed=call.keep_normed, overwrite=not wanted.branch
         )
     if call.parks and ticket is None:
-        assert call.stash is not None
-        ticket, parkable = call.stash.put(parkable), []
+        ticket, parkable = call.park(parkable), []
     saved: list[Tensor | None] = parkable
     if normed is not None and mlp_normed is not None:
         saved += [*normed, *mlp_normed]

@@ -99,11 +99,11 @@ class WideOperands:
         """Dequantise the weights, unless they are kept, and pack the adapters beside them."""
         num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
         self._group = group
-        is_new = group.place.arena is None
-        self._arena = self._dequantised(like) if group.place.arena is None else group.place.arena
+        kept = group.place.arena
+        self._arena = self._dequantised(like) if kept is None else kept
         if group.place.is_kept:
             group.place.arena = self._arena
-        if num_columns and (packs or is_new):
+        if num_columns and (packs or kept is None):
             pack(group, self._arena[:num_out, num_in:], self._arena[num_out:, :num_in])
 
     def _dequantised(self, like: Tensor) -> Tensor:
