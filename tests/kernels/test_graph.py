@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneline.kernels import patching
+from tuneline.kernels import decisions, patching
 from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
 from tuneline.kernels.decoder.graph import (
     GraphedStack,
@@ -183,9 +183,9 @@ def test_gradients_of_a_stack_come_in_the_order_of_layers_run_alone(references, 
     model, ids = _model(), torch.randint(1, 67, (2, 9), generator=torch.Generator().manual_seed(5))
     patch(model)
     alone, want = _arrivals(model, ids)
-    always, decide = _Always(), patching._decide
+    always, decide = _Always(), decisions.decide
     monkeypatch.setattr(
-        patching, "_decide", lambda *args: patching._ModelCall(decide(*args).layers, always)
+        patching, "decide", lambda *args: decisions.ModelCall(decide(*args).layers, always)
     )
     stacked, got = _arrivals(model, ids)
     assert always.num_found == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tuneline.kernels
-from tuneline.kernels import limits, patching
+from tuneline.kernels import decisions, limits
 from tuneline.kernels.decoder import budget, mlp_half
 from tuneline.kernels.ops import lora
 from tuneline.train.memory import estimate
@@ -92,7 +92,7 @@ def test_a_limit_is_written_once():
 
 
 def test_the_memory_estimate_plans_with_the_limits_of_the_kernels():
-    modules = (estimate, patching, mlp_half, budget, lora)
+    modules = (estimate, decisions, mlp_half, budget, lora)
     for name in ESTIMATED:
         values = [getattr(module, name) for module in modules if hasattr(module, name)]
         assert hasattr(estimate, name) and len(values) > 1

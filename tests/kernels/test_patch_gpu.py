@@ -158,15 +158,15 @@ def test_the_host_stash_pins_once_for_steps_of_unlike_lengths():
 
 
 def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
-    from tuneline.kernels import patch, patching
+    from tuneline.kernels import decisions, patch
 
     model = make_model("llama").to(torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     batches = torch.randint(1, 1000, (4, 2, 300), generator=generator).cuda()
     patch(model)
-    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
-    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -184,9 +184,9 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
 
 
 def test_a_loader_may_pin_its_batches_while_a_graph_is_captured(monkeypatch):
-    from tuneline.kernels import patch, patching
+    from tuneline.kernels import decisions, patch
 
-    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
     model = make_model("llama").to(torch.bfloat16)
     patch(model)
     row = packed_row((300, 213), 7)
@@ -219,7 +219,7 @@ def packed_row(lengths, seed):
 
 
 def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
-    from tuneline.kernels import patch, patching
+    from tuneline.kernels import decisions, patch
 
     model = make_model("llama").to(torch.bfloat16)
     rows = [
@@ -229,9 +229,9 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
         )
     ]
     patch(model)
-    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, row) for row in rows]
-    monkeypatch.setattr(patching, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, row) for row in rows]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -244,7 +244,7 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
 
 @pytest.mark.parametrize("kept_layers", [0, 1, 2])
 def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
-    from tuneline.kernels import patch, patching
+    from tuneline.kernels import decisions, patch
     from tuneline.kernels.decoder.budget import kept_bytes
 
     model = make_model("llama").to(torch.bfloat16)
@@ -253,7 +253,7 @@ def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
     want = gradients(model, row)
     states, *_ = model.get_base_model().model._tuneline_engine.bound.values()
     (weights,) = states.values()
-    monkeypatch.setattr(patching, "STASH_MIN_TOKENS", 1)
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
     patch(model, budget=(kept_layers + 0.5) * kept_bytes(weights, 513, 2) / 2**30)
     for _ in range(2):
         loss, grads = gradients(model, row)
@@ -349,7 +349,7 @@ def test_repeated_decisions_take_the_sequences_of_their_own_forward():
 
 @pytest.mark.parametrize("length", [300, 3000])
 def test_tables_on_the_host_change_no_bit(length, monkeypatch):
-    from tuneline.kernels import patching
+    from tuneline.kernels import decisions
     from tuneline.kernels.patching import patch, unpatch
 
     def wide(*args, narrow, **kwargs):
@@ -369,7 +369,7 @@ def test_tables_on_the_host_change_no_bit(length, monkeypatch):
     logits = model(input_ids=ids).logits
     patch(model, budget="lean", tables_on_host=True)
     assert all(module.weight.is_pinned() for module in tables)
-    monkeypatch.setattr(patching, "LayerCall", wide)
+    monkeypatch.setattr(decisions, "LayerCall", wide)
     for _ in range(3):
         # The second forward captures a graph if the batch is small, and the third replays it.
         got = gradients(model, inputs)

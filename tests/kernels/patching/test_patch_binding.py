@@ -15,7 +15,7 @@ from patch_cases import (
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from tuneline.kernels import binding, patching
+from tuneline.kernels import binding, decisions, patching
 from tuneline.kernels.patching import patch, unpatch
 
 
@@ -57,7 +57,7 @@ def test_layers_are_bound_once_with_and_once_without_adapters(monkeypatch):
     model, bound = make_model(), []
     patch(model)
     monkeypatch.setattr(
-        patching, "bind_layer", lambda *args, **kwargs: bound.append(1) or bind(*args, **kwargs)
+        decisions, "bind_layer", lambda *args, **kwargs: bound.append(1) or bind(*args, **kwargs)
     )
     bind, inputs = binding.bind_layer, {**batch(), "use_cache": False}
     for _ in range(3):
@@ -79,9 +79,9 @@ def test_layers_are_checked_in_each_forward_or_when_told():
     patching.check_layers_once(model)
     checks = []
     with pytest.MonkeyPatch.context() as patched:
-        fingerprint = patching.fingerprint
+        fingerprint = decisions.fingerprint
         patched.setattr(
-            patching, "fingerprint", lambda *of: (checks.append(1), fingerprint(*of))[1]
+            decisions, "fingerprint", lambda *of: (checks.append(1), fingerprint(*of))[1]
         )
         for _ in range(3):
             assert_same(step(model, batch()), changed)

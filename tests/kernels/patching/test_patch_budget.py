@@ -6,7 +6,7 @@ import pytest
 import torch
 from patch_cases import batch, engine_of, make_model, make_nf4_model, step
 
-from tuneline.kernels import patching
+from tuneline.kernels import decisions
 from tuneline.kernels.decoder import operands
 from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.budget import Kept, kept_bytes, normed_bytes, wide_bytes
@@ -54,7 +54,7 @@ def test_whatever_waits_for_the_backward_gives_the_same_bits(family, choice, mon
         seen.append(LayerCall(*args, **{**kwargs, "holds": True, "waits": Saved(*choice)}))
         return seen[-1]
 
-    monkeypatch.setattr(patching, "LayerCall", holding)
+    monkeypatch.setattr(decisions, "LayerCall", holding)
     found, grads = step(model, batch())
     assert [call.saved for call in seen] == [Saved(*choice)] * 2
     assert torch.equal(found, loss)
