@@ -64,7 +64,8 @@ SPILLS["experts, outer"] = 64
 KERNELS = {
     "nf4": ("nf4", "_fwd_kernel", NF4, NF4_POINTERS, 8),
     "rms_norm forward": (
-        "rms_norm", "_fwd_kernel", NORM | dict(HAS_RESIDUAL=True), {"rstd_ptr": F32}, 8,
+        "rms_norm", "_fwd_kernel", NORM | dict(HAS_RESIDUAL=True, HAS_SUM=True),
+        {"rstd_ptr": F32}, 8,
     ),
     "rms_norm backward": (
         "rms_norm", "_bwd_kernel",
@@ -130,6 +131,10 @@ KERNELS = {
         "lora", "_pack_kernel",
         dict(R0=16, R1=16, R2=16, HAS_BIAS0=True, HAS_BIAS1=True, HAS_BIAS2=True, P=64, BLOCK=64),
         dict.fromkeys(["a0_ptr", "a1_ptr", "a2_ptr", "b0_ptr", "b1_ptr", "b2_ptr"], F32), 4,
+    ),
+    "flatten": (
+        "flatten", "_flatten_kernel", dict(BLOCK=2048),
+        dict(table_ptr=I64, factor_ptr=F32, tile_ptr=I32, out_ptr=F32), 4,
     ),
     "copy rows": ("copy_rows", "_copy_kernel", dict(K=4096, BLOCK=4096), {}, 8),
     "gather rows": (

@@ -136,7 +136,8 @@ class _Unrecorded(GraphedStack):
             reversed(self._saved), reversed(self._layers), strict=True
         ):
             dy_BLC, of_layer = layer_backward(dy_BLC, saved, *self._tables, weights, call)
-            grads.insert(0, of_layer)
+            adapters = weights.parameters()
+            grads.insert(0, [g.value(p.dtype) for g, p in zip(of_layer, adapters, strict=True)])
         return dy_BLC, grads
 
 

@@ -85,7 +85,7 @@ def _run(operands, group, x, dy):
     for rows in (slice(half), slice(half, None)):
         g_rows = None if g is None else g[rows]
         grads.add(dy[rows], g_rows, x[rows], x_TKP[rows, INPUTS:])
-    return [y, dx, *grads.split()]
+    return [y, dx, *(grad.value(x.dtype) for grad in grads.split())]
 
 
 def _reference(group, x, dy, dtype):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tuneline.kernels.ops import rms_norm as rms_norm_module
 from tuneline.kernels.ops.rms_norm import (
     rms_norm,
     rms_norm_backward,
@@ -69,6 +70,21 @@ def test_out_fills_a_wider_buffer_and_nothing_else(device, generator):
     y = rms_norm(x, weight, EPS, out=buffer[..., :96])
     assert torch.equal(y, rms_norm(x, weight, EPS))
     assert buffer[..., 96:].isnan().all()
+
+
+def test_the_sum_is_written_where_the_caller_wants_it(device, generator, monkeypatch):
+    x, residual, weight, _, _ = _inputs((5, 96), torch.float32, generator)
+    for reference in (False, True):
+        if reference:
+            monkeypatch.setattr(rms_norm_module, "use_kernel", lambda x: False)
+        for added, total in [(None, x), (residual, x + residual)]:
+            buffer = torch.full((7, 160), float("nan"), device=device)
+            place = buffer[1:6, :96]
+            y, s, rstd = rms_norm_forward(x, weight, EPS, residual=added, sum_out=place)
+            without = rms_norm_forward(x, weight, EPS, residual=added)
+            assert s is place and torch.equal(place, total)
+            assert torch.equal(y, without[0]) and torch.equal(rstd, without[2])
+            assert buffer.isnan().sum() == 7 * 160 - 5 * 96
 
 
 def test_out_refuses_to_lose_a_gradient(generator):

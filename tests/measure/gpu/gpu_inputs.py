@@ -28,6 +28,9 @@ from packed import row_length  # noqa: E402
 from random_weights import GPT_OSS_20B, write_weights  # noqa: E402, F401
 
 GIB = 2**30
+SMALL_GPU_GIB = 7.1
+"""Memory that a step may take on a GPU with 8 GB: the driver takes 0.4 GiB, and CUDA's context 0.5
+GiB."""
 
 LLAMA_8B = train_step.SHAPES["llama-3.1-8b"][1]
 LLAMA_1B = {

@@ -23,12 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_inputs import GIB, check_packages, say, write_base, write_dataset
+from gpu_inputs import GIB, SMALL_GPU_GIB, check_packages, say, write_base, write_dataset
 
 NUM_STEPS = 3
-HOST_GIB = 7.1
-"""Memory that a step may take on a GPU with 8 GB: the driver takes 0.4 GiB, and CUDA's context 0.5
-GiB."""
 PHI_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
@@ -46,7 +43,7 @@ class Setting:
     packing: bool = True
     kernels: Literal["off", "lean", "free", "host"] = "off"
     """off: no fused kernels; lean: fused, with no memory for activations; free: with all memory;
-    host: with HOST_GIB, in which the run fits only with its tables in host memory."""
+    host: with SMALL_GPU_GIB, in which the run fits only with its tables in host memory."""
     method: str = "sft"
     in_4bit: bool = True
     r: int = 16
@@ -270,7 +267,7 @@ def train_config(setting: Setting) -> dict[str, Any]:
         "gradient_checkpointing": setting.recompute,
         "kernels": "off" if setting.kernels == "off" else "auto",
         # Too little memory to keep any activations.
-        "memory_gib": {"lean": 0.1, "host": HOST_GIB}.get(setting.kernels),
+        "memory_gib": {"lean": 0.1, "host": SMALL_GPU_GIB}.get(setting.kernels),
         "fit": "auto" if setting.kernels == "host" else "off",
         "num_ranks": 1,
     }

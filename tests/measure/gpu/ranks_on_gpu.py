@@ -6,8 +6,10 @@
 
     medium  a 1B shape: one rank; two ranks with ZeRO-2 and SIGTERM half-way, finished by one rank
     big     an 8B shape, packed to 8192 tokens: one rank and two ranks
-    scale   the same with four packs per step, on each number of ranks of --ranks, and with ZeRO-2
-            on the largest
+    host    an 8B shape, packed to 2048 tokens, in the memory of a GPU with 8 GB, for which both
+            tables go to host memory: one rank and two ranks
+    scale   an 8B shape, packed to 8192 tokens, with four packs per step, on each number of ranks of
+            --ranks, and with ZeRO-2 on the largest
     ddp     the 1B shape without ZeRO-2, with SGD and with AdamW: one rank and two ranks
     stock   the 1B shape with ZeRO-2 and without fused kernels: one rank and two ranks
     resume  the 1B shape on one rank, with SIGTERM half-way, then resumed to the end
@@ -28,7 +30,7 @@ from typing import Any
 import gpu_inputs
 from gpu_inputs import Run, largest_difference, say, train
 
-PARTS = ("medium", "big", "scale", "ddp", "stock", "resume", "truth")
+PARTS = ("medium", "big", "host", "scale", "ddp", "stock", "resume", "truth")
 WARM_UP = 6
 """First step whose speed counts; earlier steps may compile kernels."""
 
@@ -81,6 +83,9 @@ class Comparison:
             self.medium(*self.small())
         if "big" in parts:
             self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=2), forwards=2)
+        if "host" in parts:
+            inputs = self.inputs("Llama-3.1-8B", pack=2048, packs_per_step=2)
+            self.pair("host", *inputs, forwards=2, memory_gib=gpu_inputs.SMALL_GPU_GIB, fit="auto")
         if "scale" in parts:
             self.scale(*self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=4), ranks)
         if "ddp" in parts:
@@ -165,7 +170,7 @@ class Comparison:
         if run is None:
             return
         for name, result in self.results.items():
-            if not name.startswith(("truth", "big", "scale")):
+            if not name.startswith(("truth", "big", "host", "scale")):
                 steps = range(1, self.num_steps + 1)
                 apart = largest_difference(run.losses, result["losses"], steps)
                 say(f"{name}: losses are within {apart:.4f} of float32's (-1: no steps in common)")
@@ -182,9 +187,10 @@ class Comparison:
         if self.tiny:
             shape, pack = "tiny", pack // 32
         base, dataset = self.work / f"base-{shape}", self.work / f"dataset-{shape}-{pack}"
-        if not dataset.exists():
+        if not base.exists():
             gpu_inputs.write_base(base, shape)
             gpu_inputs.write_weights(base)
+        if not dataset.exists():
             gpu_inputs.write_dataset(
                 dataset,
                 gpu_inputs.gsm8k_lengths(

@@ -18,6 +18,7 @@ from tuneline.kernels.decoder.layer_weights import (
     add_normed,
     normed_gradient,
     normed_input,
+    residual_copy,
 )
 from tuneline.kernels.decoder.operands import (
     Operands,
@@ -30,6 +31,7 @@ from tuneline.kernels.ops.attention import (
     attention_backward,
     attention_forward,
 )
+from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.lora import LoraGradients, LoraGroup
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
 from tuneline.kernels.ops.rope import rope_backward, rope_forward
@@ -96,9 +98,15 @@ def complete(
         plan: The sequences of this forward.
     """
     rotated = half.qkv_TN is not None and weights.q_norm is None
+    group, norm = weights.o, weights.after_attention_norm
+    copy_TC: Tensor | None = None
     if half.qkv_TN is None:
+        if half.branch_TC is None and norm is None:
+            copy_TC = residual_copy(x_TC, group)
         operands = group_operands(weights.qkv, x_TC)
-        half.normed = normed_input(x_TC, weights.attention_norm, weights, weights.qkv, operands)
+        half.normed = normed_input(
+            x_TC, weights.attention_norm, weights, weights.qkv, operands, copy_TC=copy_TC
+        )
         half.qkv_TN = operands.forward(half.normed[0])
         del operands
     q, k, v = split_heads(half.qkv_TN, shape, weights.attention)
@@ -115,20 +123,21 @@ def complete(
             out=(q, k) if weights.q_norm is None else None,
         )
     half.q_BLHD, half.k_BLGD = q, k
-    group = weights.o
     if half.o_input_TKP is None:
         half.o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
         a_BLHD = _heads(half.o_input_TKP, group, q.shape)
         half.attention_saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
         half.o_operands = group_operands(group, x_TC)
         half.o_operands.write_lora_columns(half.o_input_TKP)
-    norm = weights.after_attention_norm
     if half.branch_TC is None:
         if half.o_operands is None:
             half.o_operands = group_operands(group, x_TC)
-        residual_TC = x_TC if norm is None else None
+        residual_TC = x_TC if copy_TC is None else copy_TC
         half.branch_TC = half.o_operands.forward(
-            half.o_input_TKP, residual_TN=residual_TC, scale=weights.branch_scale
+            half.o_input_TKP,
+            residual_TN=residual_TC if norm is None else None,
+            scale=weights.branch_scale,
+            out=copy_TC,
         )
     return half.branch_TC if norm is None else add_normed(x_TC, half.branch_TC, norm, weights)
 
@@ -148,7 +157,7 @@ def attention_half_backward(
     plan: AttentionPlan,
     *,
     need_dx: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor | None, list[Scaled], list[Scaled]]:
     """Return dx, and the gradients of qkv's and o's adapters.
 
     The rows of dx end with P uninitialised columns, in which the `mlp_backward` of the preceding

@@ -22,6 +22,7 @@ from tuneline.kernels.experts.mlp import (
     tile_rows,
 )
 from tuneline.kernels.experts.route import Routing, route
+from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 NUM_SAVED = 8
@@ -72,7 +73,7 @@ def experts_half_backward(
     saved: Sequence[Any],
     normed: Normed | None,
     weights: LayerWeights,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Scaled]]:
     """Return dx2, and the gradients of the experts' adapters.
 
     The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G
@@ -120,4 +121,4 @@ def experts_half_backward(
         dresidual=dy_TC,
         out=dx2_TCP[:, :num_hidden],
     )
-    return dx2_TCP, grads
+    return dx2_TCP, [Scaled(grad) for grad in grads]

@@ -32,6 +32,7 @@ from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionPlan
+from tuneline.kernels.ops.flatten import Flattener
 
 GRAPH_MAX_TOKENS = 2048
 """Largest micro-batch that is replayed, for layers of Llama-3.1-8B's size; see `equal_tokens`.
@@ -171,18 +172,30 @@ class GraphedStack:
                 steps.append((saved, weights, call))
                 x = y
         self._y_BLC = x
+        flatteners = self._flatteners(x.device)
         pool = self._forward.pool()
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
             dy = self._dy_BLC
-            grads: list[Tensor] = []
-            for saved, weights, call in reversed(steps):
+            for (saved, weights, call), flattener in zip(
+                reversed(steps), reversed(flatteners), strict=True
+            ):
                 dx, layer_grads = layer_backward(dy, saved, cos, sin, weights, call)
-                grads[:0] = layer_grads
+                flattener.launch(layer_grads)
                 assert dx is not None
                 dy = dx
             self._dx_BLC = dy
-            # In one tensor, so that one copy takes all gradients out of the graph.
-            self._flat_grads = torch.cat([grad.reshape(-1) for grad in grads])
+        for flattener in flatteners:
+            flattener.fill()
+
+    def _flatteners(self, device: torch.device) -> list[Flattener]:
+        """Create the tensor of all gradients, and one flattener into it per layer."""
+        shapes = [[(p.shape[0], p.shape[1]) for p in group] for group in self._parameters]
+        sizes = [sum(rows * columns for rows, columns in layer) for layer in shapes]
+        # One tensor, so that one copy takes all gradients out of the graph.
+        dtype = self._parameters[0][0].dtype
+        self._flat_grads = torch.empty(sum(sizes), dtype=dtype, device=device)
+        slices = self._flat_grads.split(sizes)
+        return [Flattener(*of_layer) for of_layer in zip(shapes, slices, strict=True)]
 
     @property
     def is_free(self) -> bool:

@@ -52,6 +52,7 @@ from tuneline.kernels.decoder.layer_weights import LayerWeights, Normed
 from tuneline.kernels.decoder.mlp_half import mlp_backward, mlp_forward
 from tuneline.kernels.decoder.stash import HostStash, Ticket
 from tuneline.kernels.ops.attention import AttentionPlan
+from tuneline.kernels.ops.flatten import Scaled
 
 
 @dataclass(slots=True)
@@ -155,7 +156,9 @@ class _LayerFunction(torch.autograd.Function):
             dy_BLC, saved, cos, sin, ctx.weights, ctx.call, dlogits_TE=dlogits_TE,
             need_dx=ctx.needs_input_grad[0],
         )  # fmt: skip
-        return dx_BLC, None, None, None, None, *grads
+        parameters = ctx.weights.parameters()
+        values = [grad.value(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
+        return dx_BLC, None, None, None, None, *values
 
 
 def layer_forward(
@@ -228,7 +231,7 @@ def layer_backward(
     *,
     dlogits_TE: Tensor | None = None,
     need_dx: bool = True,
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> tuple[Tensor | None, list[Scaled]]:
     """Return dx [B, L, C] and the gradients of `weights.parameters()`.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tuneline.kernels.decoder.operands import Operands, augmented_input
@@ -110,6 +111,8 @@ def normed_input(
     group: LoraGroup,
     operands: Operands,
     x_TKP: Tensor | None = None,
+    *,
+    copy_TC: Tensor | None = None,
 ) -> Normed:
     """Return X' = [norm(x) | norm(x) A^T] and the rstd of x.
 
@@ -120,13 +123,32 @@ def normed_input(
         group: The group that reads X'.
         operands: The group's operands, which compute norm(x) A^T.
         x_TKP: Where X' is written; allocated if None.
+        copy_TC: Where a copy of x is written; see `residual_copy`.
     """
     if x_TKP is None:
         x_TKP = augmented_input(x_TC.shape[0], group, x_TC)
     out = x_TKP[:, : group.num_in]
-    _, _, rstd_T = rms_norm_forward(x_TC, norm, weights.eps, gemma=weights.gemma, out=out)
+    _, _, rstd_T = rms_norm_forward(
+        x_TC, norm, weights.eps, gemma=weights.gemma, out=out, sum_out=copy_TC
+    )
     operands.write_lora_columns(x_TKP)
     return x_TKP, rstd_T
+
+
+def residual_copy(x_TC: Tensor, group: LoraGroup, out: Tensor | None = None) -> Tensor | None:
+    """Return where to copy x, to which the group's GEMM then adds its product; or None.
+
+    If GEMM and sum are to end in another tensor than x, cuBLAS wants x there beforehand. The norm,
+    which reads x anyway, writes that copy at half the price of torch's. fp8 GEMMs need none.
+
+    Args:
+        x_TC: Residual stream.
+        group: o_proj or down_proj.
+        out: Where the sum goes, if it is given.
+    """
+    if group.largest is not None:
+        return None
+    return torch.empty_like(x_TC) if out is None else out
 
 
 def add_normed(x_TC: Tensor, branch_TC: Tensor, norm: Tensor, weights: LayerWeights) -> Tensor:

@@ -18,10 +18,12 @@ from tuneline.kernels.decoder.layer_weights import (
     add_normed,
     normed_gradient,
     normed_input,
+    residual_copy,
 )
 from tuneline.kernels.decoder.operands import augmented_input, group_operands
 from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS, MLP_CHUNK_TOKENS
 from tuneline.kernels.ops.activation_lora import activation_lora_backward
+from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.gated_activation import gated_activation_forward
 from tuneline.kernels.ops.lora import LoraGradients, mm_wide
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
@@ -61,7 +63,8 @@ def mlp_forward(
     """
     num_tokens, (gate_up, down) = x2_TC.shape[0], weights.dense_mlp()
     sandwich = weights.after_mlp_norm is not None
-    y_TC = x2_TC if overwrite and not sandwich else torch.empty_like(x2_TC)
+    in_place = overwrite and not sandwich
+    y_TC = x2_TC if in_place else torch.empty_like(x2_TC)
     gate_up_TF = x2_TC.new_empty(num_tokens, gate_up.num_out) if keep else None
     down_input_TP = x2_TC.new_empty(num_tokens, down.num_columns)
     normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None
@@ -69,9 +72,13 @@ def mlp_forward(
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
     for rows in _chunks(num_tokens, keep, narrow):
         x_TKP = None if normed_TKP is None else normed_TKP[rows]
+        copy_nC: Tensor | None = None
+        if not in_place and not sandwich:
+            copy_nC = residual_copy(x2_TC[rows], down, y_TC[rows])
         x_TKP, rstd_n = normed_input(
-            x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands, x_TKP
-        )
+            x2_TC[rows], weights.mlp_norm, weights, gate_up, gate_up_operands, x_TKP,
+            copy_TC=copy_nC,
+        )  # fmt: skip
         rstds.append(rstd_n)
         out = None if gate_up_TF is None else gate_up_TF[rows]
         gate_up_nF = gate_up_operands.forward(x_TKP, out=out)
@@ -80,11 +87,15 @@ def mlp_forward(
         del gate_up_nF, out
         down_operands.write_lora_columns(h_TKP)
         down_input_TP[rows] = h_TKP[:, down.num_in :]
-        residual_nC = None if sandwich else x2_TC[rows]
+        residual_nC = x2_TC[rows] if copy_nC is None else copy_nC
         down_operands.forward(
-            h_TKP, residual_TN=residual_nC, scale=weights.branch_scale, out=y_TC[rows]
+            h_TKP,
+            residual_TN=None if sandwich else residual_nC,
+            scale=weights.branch_scale,
+            out=y_TC[rows],
         )
-    normed = None if normed_TKP is None else (normed_TKP, torch.cat(rstds))
+    rstd_T = rstds[0] if len(rstds) == 1 else torch.cat(rstds)
+    normed = None if normed_TKP is None else (normed_TKP, rstd_T)
     if weights.after_mlp_norm is None:
         return y_TC, gate_up_TF, down_input_TP, None, normed
     sum_TC = add_normed(x2_TC, y_TC, weights.after_mlp_norm, weights)
@@ -100,7 +111,7 @@ def mlp_backward(
     d_TC: Tensor | None,
     normed: Normed | None,
     weights: LayerWeights,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Scaled]]:
     """Return dx2, and the gradients of gate_up's and down's adapters.
 
     The rows of dx2 end with P uninitialised columns, in which `attention_half_backward` can store G

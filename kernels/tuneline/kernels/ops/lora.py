@@ -37,6 +37,7 @@ from torch import Tensor
 
 from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
 from tuneline.kernels.ops._dispatch import use_kernel
+from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.nf4 import NF4Weight
 
 MAX_LINEARS = 3
@@ -177,17 +178,16 @@ class LoraGradients:
             for total, block in zip(self.db_Nr, db_Nr, strict=True):
                 total.add_(block)
 
-    def split(self) -> list[Tensor]:
-        """Return dA and dB of every adapter, in the parameters' dtype."""
-        grads: list[Tensor] = []
+    def split(self) -> list[Scaled]:
+        """Return dA and dB of every adapter."""
+        grads: list[Scaled] = []
         column = 0
         for index, linear in enumerate(self.group.linears):
             if linear.adapter is None:
                 continue
             assert self.da_PK is not None and self.db_Nr is not None, "no chunk was added"
-            lora_a, lora_b = linear.adapter
-            grads += [self.da_PK[column : column + linear.rank].to(lora_a.dtype)]
-            grads += [(self.db_Nr[index] * linear.scaling).to(lora_b.dtype)]
+            grads.append(Scaled(self.da_PK[column : column + linear.rank]))
+            grads.append(Scaled(self.db_Nr[index], linear.scaling))
             column += linear.rank
         return grads
 

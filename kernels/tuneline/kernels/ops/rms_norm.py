@@ -35,7 +35,8 @@ _COLS_PER_WARP = 512
 def _fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
     x_stride, residual_stride, y_stride, sum_stride, eps,
-    K: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SUM: tl.constexpr,
+    GEMMA: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -44,9 +45,10 @@ def _fwd_kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         s = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row * sum_stride + cols, s, mask=mask)
     else:
         s = x
+    if HAS_SUM:
+        tl.store(sum_ptr + row * sum_stride + cols, s, mask=mask)
     wide = s.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / K + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -95,8 +97,11 @@ def _bwd_kernel(
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, *,
     residual: Tensor | None = None, gemma: bool = False, out: Tensor | None = None,
+    sum_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Return (y, new residual or None, rstd [T]) without recording a gradient.
+    """Return (y, s or None, rstd [T]) without recording a gradient.
+
+    s is returned if there is a residual or `sum_out`.
 
     Args:
         x: Input [..., K].
@@ -106,6 +111,7 @@ def rms_norm_forward(
         gemma: Use Gemma's equation.
         out: Where y is written: the shape of x, any dtype and row stride (e.g. a slice of a wider
             buffer).
+        sum_out: Where s is written, in the shape of x; a new tensor if None.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if not use_kernel(x):
@@ -113,10 +119,14 @@ def rms_norm_forward(
         y.copy_(rms_norm_reference(total, weight, eps, gemma=gemma))
         wide = total if total.dtype == torch.float64 else total.float()
         rstd = torch.rsqrt(wide.square().mean(-1) + eps).reshape(-1)
+        if sum_out is not None:
+            return y, sum_out.copy_(total), rstd
         return y, None if residual is None else total, rstd
     x_TK, y_TK = rows(x), y.view(-1, y.shape[-1])
     T, K = x_TK.shape
-    s = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    s = sum_out
+    if s is None and residual is not None:
+        s = torch.empty_like(x, memory_format=torch.contiguous_format)
     residual_TK = x_TK if residual is None else rows(residual)
     s_TK = x_TK if s is None else s.view(T, K)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x.device)
@@ -124,7 +134,7 @@ def rms_norm_forward(
     _fwd_kernel[(T,)](
         x_TK, residual_TK, weight, y_TK, s_TK, rstd_T,
         x_TK.stride(0), residual_TK.stride(0), y_TK.stride(0), s_TK.stride(0), eps,
-        K=K, BLOCK=block, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
+        K=K, BLOCK=block, HAS_RESIDUAL=residual is not None, HAS_SUM=s is not None, GEMMA=gemma,
         num_warps=max(1, min(16, block // _COLS_PER_WARP)),
     )  # fmt: skip
     return y, s, rstd_T
