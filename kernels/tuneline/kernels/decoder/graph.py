@@ -172,22 +172,23 @@ class GraphedStack:
                 steps.append((saved, weights, call))
                 x = y
         self._y_BLC = x
-        flatteners = self._flatteners(x.device)
+        # The graph reads their tables in each replay.
+        self._flatteners = self._create_flatteners(x.device)
         pool = self._forward.pool()
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
             dy = self._dy_BLC
             for (saved, weights, call), flattener in zip(
-                reversed(steps), reversed(flatteners), strict=True
+                reversed(steps), reversed(self._flatteners), strict=True
             ):
                 dx, layer_grads = layer_backward(dy, saved, cos, sin, weights, call)
                 flattener.launch(layer_grads)
                 assert dx is not None
                 dy = dx
             self._dx_BLC = dy
-        for flattener in flatteners:
+        for flattener in self._flatteners:
             flattener.fill()
 
-    def _flatteners(self, device: torch.device) -> list[Flattener]:
+    def _create_flatteners(self, device: torch.device) -> list[Flattener]:
         """Create the tensor of all gradients, and one flattener into it per layer."""
         shapes = [[(p.shape[0], p.shape[1]) for p in group] for group in self._parameters]
         sizes = [sum(rows * columns for rows, columns in layer) for layer in shapes]
