@@ -6,17 +6,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.kernels import decisions, patching
+from tuneline.kernels.decoder import graph
 from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
 from tuneline.kernels.decoder.graph import (
+    GraphCache,
     GraphedStack,
+    GraphMemory,
     Room,
     _shapes,
-    equal_tokens,
     graph_addresses,
     held_bytes,
 )
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.limits import equal_tokens
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 from tuneline.kernels.patching import patch
@@ -111,14 +114,14 @@ def test_tokens_count_by_the_weights_that_they_meet(tensors):
     assert num_weights == 4 * 64
     # Llama-3.1-8B's layer: q and o, k and v, the MLP.
     eight_b = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    assert equal_tokens(weights, eight_b) == num_weights
+    assert equal_tokens(weights.multiplied_weights, eight_b) == num_weights
 
 
 class _Unrecorded(GraphedStack):
     """A stack that computes where the true one replays."""
 
-    def __init__(self, layers):
-        self.generation = self.num_claims = 0
+    def __init__(self, layers, memory):
+        self.memory = memory
         self._layers = layers
         self._parameters = [weights.parameters() for weights, _ in layers]
 
@@ -148,7 +151,7 @@ class _Always:
 
     def find(self, layers, *inputs):
         self.num_found += 1
-        return _Unrecorded(layers)
+        return _Unrecorded(layers, GraphMemory())
 
 
 def _model():
@@ -195,3 +198,76 @@ def test_gradients_of_a_stack_come_in_the_order_of_layers_run_alone(references, 
     # The last layer's come first, whole.
     assert [int(name.split("layers.")[1][0]) for name in alone] == [2] * 14 + [1] * 14 + [0] * 14
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Let the cache build stacks that compute where true ones replay, and name their pools."""
+    made = []
+
+    class Stack(_Unrecorded):
+        def __init__(self, layers, x_BLC, cos, sin, memory):
+            super().__init__(layers, memory)
+            memory.pool = memory.pool or object()
+            made.append(memory.pool)
+
+    monkeypatch.setattr(graph, "GraphedStack", Stack)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    return made
+
+
+def _find(cache, layers, length):
+    x = torch.ones(1, length, 8)
+    return cache.find(layers, graph_addresses(layers), x, x, x)
+
+
+def test_while_a_forward_waits_no_graph_of_the_model_is_replayed_or_captured(tensors, unrecorded):
+    layers, cache = _layers(tensors), GraphCache()
+    assert [_find(cache, layers, n) for n in (3, 4, 5)] == [None] * 3
+    one, other = _find(cache, layers, 3), _find(cache, layers, 4)
+    assert one is not other and one.memory is other.memory
+    waiting = graph._Replay(one)
+    # Another shape's activations lie in the same memory.
+    assert [_find(cache, layers, n) for n in (3, 4, 5)] == [None] * 3
+    assert len(unrecorded) == 2
+    waiting.release()
+    assert _find(cache, layers, 3) is one and _find(cache, layers, 4) is other
+    # A replay that no backward follows is deleted, and frees the memory too.
+    waiting = graph._Replay(one)
+    assert _find(cache, layers, 4) is None
+    del waiting
+    assert _find(cache, layers, 4) is other
+    assert _find(cache, layers, 5).memory is one.memory and len(set(unrecorded)) == 1
+
+
+def test_a_backward_after_another_graphs_forward_is_refused(tensors, unrecorded):
+    layers, cache = _layers(tensors), GraphCache()
+    for length in (3, 4):
+        _find(cache, layers, length)
+    one, other = _find(cache, layers, 3), _find(cache, layers, 4)
+    first, _ = graph._Replay(one), graph._Replay(other)
+    with pytest.raises(RuntimeError, match="overwritten by a later one"):
+        first.backward(torch.ones(1, 3, 8))
+
+
+def test_a_pool_without_graphs_is_not_used_again(tensors, unrecorded):
+    cache = GraphCache()
+    for scaling in (1.0, 2.0, 2.0):
+        for length in (3, 4):
+            _find(cache, _layers(tensors, scaling=scaling), length)
+            _find(cache, _layers(tensors, scaling=scaling), length)
+    # The second adapter's graph of 3 tokens replaces the first's while that of 4 tokens is there.
+    assert [unrecorded.index(pool) for pool in unrecorded] == [0, 0, 0, 0]
+    alone = GraphCache()
+    for scaling in (1.0, 2.0):
+        _find(alone, _layers(tensors, scaling=scaling), 3)
+        _find(alone, _layers(tensors, scaling=scaling), 3)
+    assert unrecorded[4] is not unrecorded[5]
+
+
+def test_a_graph_that_would_fill_the_gpu_is_not_captured(tensors, unrecorded, monkeypatch):
+    layers, cache = _layers(tensors), GraphCache()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 900))
+    _find(cache, layers, 3)
+    assert held_bytes(layers, 3, 4) > 450
+    assert _find(cache, layers, 3) is None and not unrecorded

@@ -25,18 +25,20 @@ from tuneline.kernels.decoder.budget import (
     share_out,
 )
 from tuneline.kernels.decoder.graph import (
-    GRAPH_MAX_TOKENS,
-    GRAPH_MAX_TOKENS_FP8,
     GraphCache,
     GraphedStack,
     Room,
-    equal_tokens,
     graph_addresses,
 )
 from tuneline.kernels.decoder.layer import Handover, LayerCall
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash, half_of_free_memory
-from tuneline.kernels.limits import STASH_MIN_TOKENS
+from tuneline.kernels.limits import (
+    GRAPH_MAX_TOKENS,
+    GRAPH_MAX_TOKENS_FP8,
+    STASH_MIN_TOKENS,
+    equal_tokens,
+)
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.host_tables import HostHead
 from tuneline.kernels.spec import FamilySpec
@@ -111,7 +113,7 @@ class ModelCall:
         return replace(self, layers=layers, done=[])
 
     def graphed_stack(self, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> GraphedStack | None:
-        """Return a free graph of all layers, or None; see `GraphCache.find`."""
+        """Return a graph of all layers, or None; see `GraphCache.find`."""
         if self.graphs is None:
             return None
         return self.graphs.find(list(self.layers.values()), self.addresses, x_BLC, cos, sin)
@@ -212,7 +214,9 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         most = GRAPH_MAX_TOKENS_FP8
     graphed = (
         device.type == "cuda"
-        and equal_tokens(next(iter(bound.values())), num_tokens) <= most
+        # A graph takes the memory that tables on the host are there to save.
+        and engine.head is None
+        and equal_tokens(next(iter(bound.values())).multiplied_weights, num_tokens) <= most
         # The tensors of a graph cannot be offloaded to host memory.
         and (stash is None or kept.num_layers == len(bound))
         and len(bound) == len(decoder.layers)
@@ -224,7 +228,7 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         return ModelCall(layers, head=engine.head, head_at=head_at)
     engine.kept_in_graphs[graph_tokens] = kept
     addresses = graph_addresses(list(layers.values()))
-    call = ModelCall(layers, engine.graphs, head=engine.head, addresses=addresses)
+    call = ModelCall(layers, engine.graphs, addresses=addresses)
     engine.repeated[form] = _Repeated(call, kept, longest)
     return call
 

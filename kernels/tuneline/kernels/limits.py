@@ -31,3 +31,31 @@ layer, and a step of 8192 tokens of Llama-3.1-8B takes 480 ms instead of 488 ms.
 HEAD_ROOM = 0.06
 """Fraction of the GPU's memory that plans leave free: an allocator never fills all memory, and the
 loss's chunk and the optimizer's step need memory in addition to the stored activations."""
+
+GRAPH_MAX_TOKENS = 2048
+"""Largest micro-batch that CUDA graphs replay, in tokens of layers of Llama-3.1-8B's size (see
+`equal_tokens`).
+
+A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that stores all of its
+activations."""
+
+GRAPH_MAX_TOKENS_FP8 = 8192
+"""Largest micro-batch that CUDA graphs replay with fp8 GEMMs. They take less time than bf16 GEMMs, so the
+GPU waits for the host at more tokens: 28 of 368 ms at 8192 tokens without a graph."""
+
+_LAYER_WEIGHTS = 218_103_808
+"""Weights in the linears of a Llama-3.1-8B layer."""
+
+
+def equal_tokens(num_weights: int, num_tokens: int) -> float:
+    """Return for how many tokens a Llama-3.1-8B layer takes the same GPU time as another layer.
+
+    The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
+    of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
+    Llama-3.1-8B.
+
+    Args:
+        num_weights: Weights of the other layer that each of its tokens is multiplied by.
+        num_tokens: Tokens of the other layer.
+    """
+    return num_tokens * num_weights / _LAYER_WEIGHTS

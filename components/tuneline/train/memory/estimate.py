@@ -2,6 +2,8 @@
 
     weights      the base model: 4-bit linear layers with their scales, the rest in the compute type
     adapter      trained weights and gradients in fp32, and the optimizer state
+    graphs       if CUDA graphs replay the layers: a second copy of the gradients, and input and
+                 output of the stack of layers, with their gradients
     activations  tensors that layers store for the backward pass: all that it reads or, if these are
                  recomputed, only the inputs of layers. Fused layers store inputs, and as many other
                  tensors as fit into the memory that is free
@@ -31,10 +33,13 @@ from typing import Literal
 
 from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.kernels.limits import (
+    GRAPH_MAX_TOKENS,
+    GRAPH_MAX_TOKENS_FP8,
     KEPT_MLP_CHUNK_TOKENS,
     MIN_ADAPTER_COLUMNS,
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
+    equal_tokens,
 )
 from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.train.config import TrainConfig
@@ -160,16 +165,17 @@ class MemoryEstimate:
     head: int
     tables: int = 0
     """Bytes of tables in host memory, which are on the device until the model is loaded."""
+    graphs: int = 0
 
     @property
     def total(self) -> int:
         """The peak. It has only the larger of working set and head, which never coincide."""
-        step = self.adapter + self.activations + max(self.working_set, self.head)
+        step = self.adapter + self.graphs + self.activations + max(self.working_set, self.head)
         return self.weights + max(step, self.tables)
 
     def __str__(self) -> str:
         """Return the total and its parts in GiB, for a log."""
-        parts = ("weights", "adapter", "activations", "working_set", "head")
+        parts = ("weights", "adapter", "graphs", "activations", "working_set", "head")
         named = ", ".join(f"{p.replace('_', ' ')} {getattr(self, p) / GIB:.2f}" for p in parts)
         return f"{self.total / GIB:.2f} GiB ({named})"
 
@@ -203,6 +209,8 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
     adapter = shape.num_adapter * (
         4 + (4 + _state_bytes(settings.optim, shape.num_adapter)) / settings.num_ranks
     )
+    tables = movable_table_bytes(shape, settings) if settings.tables_on_host else 0
+    graphs = 0
     if shape.experts is not None:
         activations, working_set = _expert_bytes(shape, shape.experts, settings, tokens)
     elif settings.fused and shape.is_fused:
@@ -210,6 +218,8 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
         kept = _kept(shape, shape, settings, tokens)
         activations += kept.activations
         weights += kept.weights
+        if not tables and _replays(shape, settings, tokens, kept.num_layers):
+            graphs = 4 * shape.num_adapter + 4 * tokens * shape.hidden * itemsize
     else:
         layer = tokens * _layer_bytes_per_token(shape, itemsize)
         working_set = itemsize * (shape.hidden + tokens) * shape.mlp
@@ -223,7 +233,6 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
         head = 12 * tokens * shape.vocab
     else:
         head = tokens * shape.hidden * (4 + itemsize) + _HEAD_TILE * itemsize
-    tables = movable_table_bytes(shape, settings) if settings.tables_on_host else 0
     if tables:
         weights -= tables
         # While the head arrives, the last layers run; while the policy's copy waits for its
@@ -233,7 +242,8 @@ def estimate_memory(shape: Shape, settings: Settings) -> MemoryEstimate:
         if shape.experts is None:
             forward = _forward_bytes(shape, tokens, itemsize, min(tokens, chunk))
         head = shape.num_copied * itemsize + max(head, forward)
-    return MemoryEstimate(*map(int, (weights, adapter, activations, working_set, head, tables)))
+    parts = weights, adapter, activations, working_set, head, tables, graphs
+    return MemoryEstimate(*map(int, parts))
 
 
 def _layer_bytes_per_token(shape: Shape, itemsize: int) -> int:
@@ -320,6 +330,22 @@ def _kept(shape: Shape, wide: Shape, settings: Settings, tokens: int) -> _Kept:
     if num_normed < num_layers or not settings.quantized or settings.fp8:
         return _Kept(num_layers, activations)
     return _Kept(num_layers, activations, _wide_bytes(wide, itemsize, room - activations))
+
+
+def _replays(shape: Shape, settings: Settings, tokens: int, num_kept: int) -> bool:
+    """Return whether CUDA graphs replay the fused layers, by the rules of `kernels.decisions`.
+
+    Args:
+        shape: Sizes of the model.
+        settings: Settings of the run.
+        tokens: Tokens per micro-batch.
+        num_kept: Number of layers that keep their activations.
+    """
+    num_weights = shape.hidden * 2 * (shape.query + shape.key_value) + 3 * shape.mlp * shape.hidden
+    keeps_all = num_kept == shape.num_layers
+    most = GRAPH_MAX_TOKENS_FP8 if settings.fp8 and keeps_all else GRAPH_MAX_TOKENS
+    fits = keeps_all or tokens < STASH_MIN_TOKENS
+    return fits and equal_tokens(num_weights, tokens) <= most
 
 
 def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:

@@ -3,12 +3,13 @@
 A layer's forward and backward are about 120 launches. At 1024 tokens the GPU runs them in 2 ms
 (H200), but the host needs 9 ms to launch them; replaying a graph removes that cost. A graph owns
 its inputs, activations and gradients, so the backward of one replay must run before the forward of
-the next replay. While a backward is outstanding, `is_free` is false and other forwards run layer by
-layer, without the graph.
+the next replay. While a backward is outstanding, other forwards run layer by layer, without a
+graph.
 
 Packed rows differ in their numbers of tokens and sequences. A packed row is copied into tensors of
 a slightly larger size, its `Room`. The unused tokens at the end of these tensors form an additional
-sequence, whose gradient is zero.
+sequence, whose gradient is zero. GSM8K's rows in packs of 2048 tokens need four rooms, so all
+graphs of a model have one memory pool: the activations of one lie where those of another were.
 
 A replay computes all gradients at once, but autograd still receives them layer by layer, last layer
 first. DeepSpeed's ZeRO-2 puts gradients into buckets in the order of their arrival and sums the
@@ -34,33 +35,10 @@ from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.flatten import Flattener
 
-GRAPH_MAX_TOKENS = 2048
-"""Largest micro-batch that is replayed, for layers of Llama-3.1-8B's size; see `equal_tokens`.
-
-A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that stores all of its
-activations."""
-
-GRAPH_MAX_TOKENS_FP8 = 8192
-"""Largest micro-batch that is replayed with fp8 GEMMs. They take less time than bf16 GEMMs, so the
-GPU waits for the host at more tokens: 28 of 368 ms at 8192 tokens without a graph."""
-
 MEMORY_SHARE = 0.5
-"""Fraction of the GPU's memory for the activations of all graphs, first come, first served."""
-
-_LAYER_WEIGHTS = 218_103_808
-"""Weights in the linears of a Llama-3.1-8B layer."""
+"""Fraction of the GPU's memory that the activations of a graph may take."""
 
 Layers = Sequence[tuple[LayerWeights, LayerCall]]
-
-
-def equal_tokens(weights: LayerWeights, num_tokens: int) -> float:
-    """Return for how many tokens a Llama-3.1-8B layer takes the same GPU time as this layer.
-
-    The host needs the same time to launch any layer, but the GPU needs as much time for 4096 tokens
-    of a 1B model as for 1000 tokens of an 8B model. Limits in tokens are therefore stated for
-    Llama-3.1-8B.
-    """
-    return num_tokens * weights.multiplied_weights / _LAYER_WEIGHTS
 
 
 def held_bytes(layers: Layers, num_tokens: int, itemsize: int) -> int:
@@ -98,21 +76,41 @@ class Room:
         return AttentionPlan((self.longest,) * self.num_sequences, bounds)
 
 
+@dataclass
+class GraphMemory:
+    """The memory in which all graphs of a model store their activations, one graph at a time."""
+
+    pool: Any = None
+    """Handle of the memory pool; None if no graph is in it."""
+    flat_grads: Tensor | None = None
+    """Gradients of all adapters, which a backward writes and its caller copies."""
+    generation: int = 0
+    """Number of forwards that have written activations."""
+    num_claims: int = 0
+    """Number of forwards that wait for their backward."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no forward is waiting for its backward."""
+        return self.num_claims == 0
+
+
 class _Replay:
-    """A forward's reservation of the graph's memory.
+    """A forward's reservation of the graphs' memory.
 
     It ends with the backward of that forward, or when this object is deleted.
     """
 
     def __init__(self, stack: GraphedStack) -> None:
-        stack.generation += 1
-        stack.num_claims += 1
-        self.stack, self.generation, self.claimed = stack, stack.generation, True
+        self.stack, self.memory, self.claimed = stack, stack.memory, True
+        self.memory.generation += 1
+        self.memory.num_claims += 1
+        self.generation = self.memory.generation
         self._grads: list[list[Tensor]] = []
 
     def backward(self, dy_BLC: Tensor) -> Tensor:
         """Return dx of the stack; `take_gradients` then returns the adapters' gradients."""
-        if self.generation != self.stack.generation:
+        if self.generation != self.memory.generation:
             raise RuntimeError(
                 "the activations of this forward were overwritten by a later one: run backward "
                 "before the next forward, or patch(model, budget='lean') with more tokens"
@@ -128,7 +126,7 @@ class _Replay:
     def release(self) -> None:
         if self.claimed:
             self.claimed = False
-            self.stack.num_claims -= 1
+            self.memory.num_claims -= 1
 
     def __del__(self) -> None:
         self.release()
@@ -138,7 +136,9 @@ class GraphedStack:
     """The captured forward and backward of all layers for one shape and one set of tensors."""
 
     @torch.no_grad()
-    def __init__(self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, layers: Layers, x_BLC: Tensor, cos: Tensor, sin: Tensor, memory: GraphMemory
+    ) -> None:
         """Capture both graphs; an earlier run of the layers must have compiled every kernel.
 
         Args:
@@ -146,8 +146,11 @@ class GraphedStack:
             x_BLC: Input of the first layer.
             cos: Rope table [B or 1, L, R].
             sin: Rope table [B or 1, L, R].
+            memory: Memory for the activations; no forward may wait for its backward in it.
         """
-        self.generation = self.num_claims = 0
+        self.memory = memory
+        if memory.pool is None:
+            memory.pool = torch.cuda.graph_pool_handle()
         # The graphs read these weights even if later forwards no longer keep them.
         self._arenas = [group.place.arena for weights, _ in layers for group in weights.groups()]
         self._parameters = [weights.parameters() for weights, _ in layers]
@@ -166,7 +169,7 @@ class GraphedStack:
         steps = []
         # Other threads may allocate during a capture: a data loader pins its batches in a thread.
         mode = "thread_local"
-        with torch.cuda.graph(self._forward, capture_error_mode=mode):
+        with torch.cuda.graph(self._forward, pool=memory.pool, capture_error_mode=mode):
             for weights, call in layers:
                 y, _, _, saved = layer_forward(x, cos, sin, weights, call)
                 steps.append((saved, weights, call))
@@ -174,8 +177,7 @@ class GraphedStack:
         self._y_BLC = x
         # The graph reads their tables in each replay.
         self._flatteners = self._create_flatteners(x.device)
-        pool = self._forward.pool()
-        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode):
+        with torch.cuda.graph(self._backward, pool=memory.pool, capture_error_mode=mode):
             dy = self._dy_BLC
             for (saved, weights, call), flattener in zip(
                 reversed(steps), reversed(self._flatteners), strict=True
@@ -193,15 +195,12 @@ class GraphedStack:
         shapes = [[(p.shape[0], p.shape[1]) for p in group] for group in self._parameters]
         sizes = [sum(rows * columns for rows, columns in layer) for layer in shapes]
         # One tensor, so that one copy takes all gradients out of the graph.
-        dtype = self._parameters[0][0].dtype
-        self._flat_grads = torch.empty(sum(sizes), dtype=dtype, device=device)
-        slices = self._flat_grads.split(sizes)
+        dtype, flat = self._parameters[0][0].dtype, self.memory.flat_grads
+        if flat is None or (flat.numel(), flat.dtype) != (sum(sizes), dtype):
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        self._flat_grads = self.memory.flat_grads = flat
+        slices = flat.split(sizes)
         return [Flattener(*of_layer) for of_layer in zip(shapes, slices, strict=True)]
-
-    @property
-    def is_free(self) -> bool:
-        """Whether no forward is waiting for its backward."""
-        return self.num_claims == 0
 
     def __call__(self, x_BLC: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
         """Return the output of the stack [B, L, C], differentiable in x and the adapters.
@@ -285,7 +284,7 @@ class GraphCache:
     def __init__(self) -> None:
         """Create an empty cache."""
         self._graphs: dict[tuple[Any, ...], GraphedStack | None] = {}
-        self._held_bytes: dict[tuple[Any, ...], int] = {}
+        self._memory = GraphMemory()
 
     def find(
         self,
@@ -295,7 +294,7 @@ class GraphCache:
         cos: Tensor,
         sin: Tensor,
     ) -> GraphedStack | None:
-        """Return a free graph for this call, or None if the stack has to run layer by layer.
+        """Return a graph for this call, or None if the stack has to run layer by layer.
 
         Args:
             layers: Weights and call of each layer, in order.
@@ -304,6 +303,8 @@ class GraphCache:
             cos: Rope table [B or 1, L, R].
             sin: Rope table [B or 1, L, R].
         """
+        if not self._memory.is_free:
+            return None
         key = (_shapes(layers, x_BLC, cos), addresses)
         if key not in self._graphs:
             # The first call runs layer by layer, which compiles every kernel.
@@ -314,14 +315,15 @@ class GraphCache:
             stale = [k for k in self._graphs if k[0] == key[0] and k != key]
             for old in stale:
                 del self._graphs[old]
-                self._held_bytes.pop(old, None)
+            if not any(self._graphs.values()):
+                # torch does not capture into a pool of which it has deleted every graph.
+                self._memory.pool = None
             held = held_bytes(layers, key[0][0][0] * key[0][0][1], x_BLC.element_size())
             total = torch.cuda.mem_get_info(x_BLC.device)[1]
-            if held + sum(self._held_bytes.values()) > MEMORY_SHARE * total:
+            if held > MEMORY_SHARE * total:
                 return None
-            stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin)
-            self._held_bytes[key] = held
-        return stack if stack.is_free else None
+            stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin, self._memory)
+        return stack
 
 
 def _shapes(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
