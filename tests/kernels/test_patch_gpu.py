@@ -263,6 +263,49 @@ def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
         assert all(torch.equal(grads[name], want[1][name]) for name in grads)
 
 
+def test_a_graph_is_captured_after_a_forward_that_parks(monkeypatch):
+    from tuneline.kernels import decisions, patch
+    from tuneline.kernels.decoder.budget import kept_bytes
+
+    model = make_model("llama").to(torch.bfloat16)
+    short, long = packed_row((300, 213), 7), packed_row((900, 1100), 8)
+    patch(model, budget="lean")
+    want = gradients(model, short)
+    states, *_ = model.get_base_model().model._tuneline_engine.bound.values()
+    (weights,) = states.values()
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    # Three layers of the short row are kept, and none of the long one.
+    patch(model, budget=3.2 * kept_bytes(weights, 513, 2) / 2**30)
+    engine = model.get_base_model().model._tuneline_engine
+    num_kept = []
+    for row in (short, long, short, short):
+        loss, grads = gradients(model, row)
+        num_kept.append(engine.last_kept.num_layers)
+    assert num_kept == [3, 0, 3, 3]
+    graphs = engine.graphs._graphs
+    assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
+    # The graph's row is padded, and a product of another number of rows may round otherwise.
+    assert (loss - want[0]).abs() <= 1e-3 * want[0]
+    for name, grad in want[1].items():
+        assert (grads[name] - grad).norm() <= 2e-2 * grad.norm(), name
+
+
+def test_without_host_memory_nothing_is_parked(monkeypatch):
+    from tuneline.kernels import decisions, patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
+    row = packed_row((300, 213), 7)
+    for host_bytes, parks in ((0, False), (2**30, True), (None, True)):
+        patch(model, budget="lean", host_bytes=host_bytes)
+        loss = model(**row).loss
+        engine = model.get_base_model().model._tuneline_engine
+        assert (engine.stash.last is not None) == parks
+        assert host_bytes is None or engine.host_bytes == host_bytes
+        loss.backward()
+
+
 def quantized_llama(**sizes):
     """Build a small Llama on NF4 with double quantisation, and LoRA whose B is not zero."""
     import bitsandbytes as bnb

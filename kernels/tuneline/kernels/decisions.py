@@ -175,9 +175,13 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
     engine.last_kept = kept
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
-        # Read once: what the stash holds is no longer free.
-        engine.host_bytes = engine.host_bytes or half_of_free_memory()
-    stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
+        if engine.host_bytes is None:
+            # Read once: what the stash holds is no longer free.
+            engine.host_bytes = half_of_free_memory()
+    # Without the stash if all layers are kept: a layer that waits for its copies, which may be those
+    # of an earlier forward, cannot be captured in a graph.
+    is_parking = num_tokens >= STASH_MIN_TOKENS and kept.num_layers < len(bound)
+    stash = engine.stash if is_parking else None
     host = None
     if stash is not None and engine.host_bytes is not None:
         host = HostRoom(engine.host_bytes, len(bound) - kept.num_layers, num_tokens)
@@ -214,7 +218,7 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         device.type == "cuda"
         and equal_tokens(next(iter(bound.values())), num_tokens) <= most
         # The tensors of a graph cannot be offloaded to host memory.
-        and (stash is None or kept.num_layers == len(bound))
+        and stash is None
         and len(bound) == len(decoder.layers)
         and all(spec.num_ropes == 1 for spec in engine.specs.values())
         and all(weights.routed is None for weights in bound.values())
