@@ -6,6 +6,7 @@ which layer the copy of a head in host memory begins.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,7 +82,8 @@ class Engine:
         return torch.is_grad_enabled() and self.is_checked and not self.checks_always
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.budget, self.specs, self.fp8, self.inference, self.host_bytes)
+        head = copy.deepcopy(self.head, memo)
+        return Engine(self.budget, self.specs, self.fp8, self.inference, self.host_bytes, head=head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +180,8 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         if engine.host_bytes is None:
             # Read once: what the stash holds is no longer free.
             engine.host_bytes = half_of_free_memory()
-    # Without the stash if all layers are kept: a layer that waits for its copies, which may be those
-    # of an earlier forward, cannot be captured in a graph.
+    # If all layers are kept, they leave the stash alone. It may hold a copy of an earlier forward,
+    # and a layer that waits for the copy cannot be captured in a graph.
     is_parking = num_tokens >= STASH_MIN_TOKENS and kept.num_layers < len(bound)
     stash = engine.stash if is_parking else None
     host = None

@@ -126,6 +126,8 @@ def test_tables_that_stay_where_they_are_are_told(caplog):
     assert "tables_on_host=True: the head is on cpu" in caplog.text
     unpatch(model)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    patch(torch.nn.Linear(2, 2), tables_on_host=True)
+    assert "tables_on_host=True: no table moves, because no layer can be fused" in caplog.text
 
 
 def test_bad_budget_and_unknown_model():
