@@ -200,7 +200,8 @@ def move_to_host(causal: Any) -> list[str]:
         table = module.weight
         if id(table) not in moved:
             moved[id(table)] = table.device
-            table.data = table.data.cpu().pin_memory()
+            pinned = torch.empty_like(table.data, device="cpu", pin_memory=True)
+            table.data = pinned.copy_(table.data)
         module.__class__ = kind
         cast(_HostTable, module)._tuneline_device = moved[id(table)]
     return [f"the {name} {reason}" for name, reason in reasons.items() if reason is not None]
