@@ -301,11 +301,10 @@ def _tables_save_memory(asked: Plan, shape: Shape, settings: Settings) -> bool:
 
 
 def _plans(plan: Plan, min_length: int | None, moves_tables: bool) -> Iterator[Plan]:
-    smaller: Plan | None = plan
+    smaller = smaller_plan(plan, min_length=min_length, moves_tables=moves_tables)
     while smaller is not None:
+        yield smaller
         smaller = smaller_plan(smaller, min_length=min_length, moves_tables=moves_tables)
-        if smaller is not None:
-            yield smaller
 
 
 def _usable(available_bytes: int) -> int:
