@@ -128,6 +128,40 @@ def test_packed_hidden_states_are_no_further_from_the_truth_than_the_stock_model
     assert (found - truth).norm() <= 1.05 * (stock - truth).norm()
 
 
+@pytest.mark.parametrize("is_hopper", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+def test_wide_capped_heads_with_the_tiles_of_each_gpu(window, is_hopper, monkeypatch):
+    from tuneline.kernels.ops import flash
+    from tuneline.kernels.ops.attention import (
+        AttentionConfig,
+        AttentionPlan,
+        attention_backward,
+        attention_forward,
+        attention_reference,
+    )
+
+    if is_hopper and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the tiles of Hopper need its shared memory")
+    monkeypatch.setattr(flash, "_is_hopper", lambda tensor: is_hopper)
+    # Gemma 2's heads.
+    config = AttentionConfig(8, 4, 256, 256**-0.5, window=window, softcap=5.0)
+    plan = AttentionPlan.packed([0, 300, 301], 513, torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(3)
+    q, k, v, upstream = (
+        torch.randn(1, 513, heads, 256, generator=generator, device="cuda").bfloat16()
+        for heads in (8, 4, 4, 8)
+    )
+    o = torch.empty_like(q)
+    saved = attention_forward(q, k, v, plan, config, out=o)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    dq, dk = attention_backward(upstream, q, k, v, o, saved, plan, config, out=grads)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = attention_reference(*leaves, plan, config)
+    wanted = torch.autograd.grad(truth, leaves, upstream.double())
+    for got, want in zip((o, dq, dk, grads[2]), (truth, *wanted), strict=True):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
 def test_the_host_stash_gives_back_what_it_took():
     from tuneline.kernels.decoder.stash import HostStash
 
