@@ -240,8 +240,7 @@ def _head_at(
 ) -> int:
     """Return the layer at which the copy of the head begins, to arrive as the last layer ends.
 
-    The copy begins rather too late than too early, because the layers that run beside it have less
-    memory.
+    The number of layers that run beside the copy is rounded down, because they have less memory.
     """
     if head is None:
         return 0

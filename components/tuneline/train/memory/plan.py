@@ -292,8 +292,8 @@ def _with_fewer_examples(plan: Plan) -> Plan:
 def _tables_save_memory(asked: Plan, shape: Shape, settings: Settings) -> bool:
     """Return whether a run takes less memory if its tables are in host memory.
 
-    It does not if the loss takes more memory than a layer's backward pass, and the head, which is
-    copied for the loss, is the only table, because the input embedding is tied to it.
+    It does not if the input embedding is tied to the head, which is copied for the loss, and the
+    loss takes more memory than a layer's backward pass.
     """
     least = asked.model_copy(update={"micro_batch_size": 1, "gradient_checkpointing": True})
     moved = least.model_copy(update={"tables_on_host": True})
