@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from lm_eval.models.huggingface import HFLM
 
+from tuneline.errors import ModelError
 from tuneline.evaluate.model import load, load_tokenizer
 
 
@@ -33,6 +34,14 @@ def test_likelihoods_are_those_of_lm_eval(lm, caplog):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=1e-3) and ours[1] == theirs[1]
     assert "tokens of a prompt are left out" in caplog.text
+
+
+def test_an_answer_that_the_model_cannot_read_is_an_error(lm):
+    # None of its prompt would be left.
+    requests = [(None, [5, 6, 7], [8, 9]), (None, [5, 6], [7] * (lm.max_length + 1))]
+    number = lm.max_length
+    with pytest.raises(ModelError, match=f"an answer has {number + 1} tokens, .* only {number}"):
+        lm._loglikelihood_tokens(requests)
 
 
 def test_generated_texts_are_those_of_lm_eval(lm):

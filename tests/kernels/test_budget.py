@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tuneline.kernels.decoder.attention_half import Saved
-from tuneline.kernels.decoder.budget import HostRoom, parked
+from tuneline.kernels.decoder.budget import HostRoom, kept_bytes, parked, share_out
 from tuneline.kernels.decoder.layer_weights import LayerWeights
+from tuneline.kernels.limits import HEAD_ROOM
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 
@@ -88,3 +89,31 @@ def test_wide_numbers_may_leave_only_x():
 def test_a_lean_layer_parks_what_the_host_has_room_for(gib, expected):
     host = HostRoom(int(gib * 2**30), 31, 65536)
     assert parked(layer(*LLAMA_8B), AttentionPlan(), 65536, 2, host) == expected
+
+
+@pytest.mark.parametrize("num_tokens", [1024, 2048, 8192])
+@pytest.mark.parametrize("head_bytes", [0, 2 * 128256 * 4096])
+def test_kept_layers_leave_room_for_the_head_and_the_forward_beside_it(
+    head_bytes, num_tokens, monkeypatch
+):
+    gib, layers = 2**30, [layer(*LLAMA_8B)] * 32
+    free, total = int(3.5 * gib), 8 * gib
+    # There is no GPU here whose memory could be measured.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    kept = share_out(
+        *("auto", layers),
+        num_tokens=num_tokens,
+        itemsize=2,
+        device=torch.device("cuda"),
+        head_bytes=head_bytes,
+    )
+    row = 2 * 4096 * num_tokens
+    # Micro-batches of 4096 tokens or more have their inputs in host memory.
+    stored = 32 * row if num_tokens < 4096 else 0
+    stored += kept.num_layers * kept_bytes(layers[0], num_tokens, 2)
+    # The MLP's weights; gate, up and their product; and four tensors of the size of x.
+    forward = 2 * 3 * 14336 * (4096 + min(num_tokens, 4096)) + 4 * row
+    assert stored + head_bytes + forward <= free - HEAD_ROOM * total
+    assert 1 <= kept.num_layers < 32

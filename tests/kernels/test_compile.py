@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tuneline.kernels.ops import flash
+
 ARCHITECTURES = (80, 90)
 
 # Llama-3.1-8B's sizes unless the name says otherwise: (module, kernel, constants, dtypes of
@@ -36,9 +38,34 @@ NF4 = dict(K=4096, NESTED=True, BLOCK=1024, SIDE_ROWS=64, SIDE_COLS=64)
 ACTIVATION = dict(
     F=14336, R_DOWN=16, R_GATE=16, R_UP=16, RANKS=16, ROWS=1024, BLOCK_ROWS=16, BLOCK_COLS=64,
 )  # fmt: skip
-FLASH = dict(D=256, WIDTH=256, SHARED=2, PACK=2, WINDOW=0, CAPPED=True)
+FLASH = dict(D=256, WIDTH=256, SHARED=2, WINDOW=0, CAPPED=True)
 PACKED = dict(D=128, WIDTH=128, SHARED=4, WINDOW=0, CAPPED=False)
 FLASH_POINTERS = dict(lse_ptr=F32, delta_ptr=F32, cu_seqlens_ptr=I32)
+
+
+def flash_tiles() -> dict[str, tuple[str, str, dict[str, int], dict[str, str], int, int]]:
+    """Return the kernels of flash.py with the tiles that it chooses, and their pipeline stages."""
+    functions = {
+        "forward": ("_fwd_kernel", flash._forward_blocks),
+        "dq": ("_dq_kernel", flash._dq_blocks),
+        "dk, dv": ("_dkdv_kernel", flash._dkdv_blocks),
+    }
+    tiles = {}
+    for name, (kernel, blocks_of) in functions.items():
+        for kind, sizes, is_hopper in (
+            ("", FLASH, True), (", not Hopper", FLASH, False), (", packed", PACKED, False),
+        ):  # fmt: skip
+            blocks = blocks_of(sizes["D"], is_hopper)
+            pack = flash._pack(sizes["SHARED"], blocks)
+            constants = sizes | dict(ROWS=blocks.rows, KEYS=blocks.keys, PACK=pack)
+            tiles[f"flash {name}{kind}"] = (
+                *("flash", kernel, constants, FLASH_POINTERS),
+                *(blocks.num_warps, blocks.num_stages),
+            )
+    return tiles
+
+
+FLASH_TILES = flash_tiles()
 ROUTE_POINTERS = dict.fromkeys(
     ["counts_ptr", "starts_ptr", "tile_starts_ptr", "before_ptr", "slot_of_row_ptr",
      "row_of_slot_ptr", "expert_of_tile_ptr"], I32,
@@ -56,7 +83,7 @@ FP8 = dict(K=4096, NESTED=True)
 E4M3 = "*fp8e4nv"
 HOPPER_ONLY = {
     "fp8 rows", "fp8 weight", "fp8 weight transposed", "experts, product",
-    "experts, gradient of the product",
+    "experts, gradient of the product", "flash forward", "flash dq", "flash dk, dv",
 }  # fmt: skip
 # Heads of 256 fill the registers with sums; smaller tiles spill nothing and were measured slower.
 SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024, "flash dk, dv, packed": 256}
@@ -101,20 +128,7 @@ KERNELS = {
     "geglu backward with LoRA": (
         "activation_lora", "_bwd_kernel", ACTIVATION | dict(GELU=True), {"partial_ptr": F32}, 4,
     ),
-    "flash forward": (
-        "flash", "_fwd_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8,
-    ),
-    "flash dq": ("flash", "_dq_kernel", FLASH | dict(ROWS=128, KEYS=64), FLASH_POINTERS, 8),
-    "flash dk, dv": ("flash", "_dkdv_kernel", FLASH | dict(ROWS=64, KEYS=64), FLASH_POINTERS, 8),
-    "flash forward, packed": (
-        "flash", "_fwd_kernel", PACKED | dict(PACK=4, ROWS=64, KEYS=32), FLASH_POINTERS, 4,
-    ),
-    "flash dq, packed": (
-        "flash", "_dq_kernel", PACKED | dict(PACK=4, ROWS=64, KEYS=32), FLASH_POINTERS, 4,
-    ),
-    "flash dk, dv, packed": (
-        "flash", "_dkdv_kernel", PACKED | dict(PACK=2, ROWS=32, KEYS=64), FLASH_POINTERS, 4,
-    ),
+    **{name: tile[:5] for name, tile in FLASH_TILES.items()},
     "fp8 rows": (
         "fp8", "_rows_kernel", dict(K=4096, P=64, HAS_FLOOR=False, BLOCK=4096),
         dict(out_ptr=E4M3, scale_ptr=F32, floor_ptr=F32), 4,
@@ -225,7 +239,7 @@ UNALIGNED = {
 
 
 def _resources(name: str, architecture: int) -> dict[str, int]:
-    """Compile one kernel and return its registers, spilled bytes and stack bytes."""
+    """Compile one kernel and return its registers, spilled bytes, stack and shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -247,10 +261,13 @@ def _resources(name: str, architecture: int) -> dict[str, int]:
             signature[argument] = "fp32" if argument in FLOATS else "i32"
         if signature[argument][0] in "*i" and argument not in UNALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": num_warps}
+    if name in FLASH_TILES:
+        options["num_stages"] = FLASH_TILES[name][5]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps},
+        options=options,
     )
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -267,6 +284,7 @@ def _resources(name: str, architecture: int) -> dict[str, int]:
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "stack_bytes": int(re.search(r"(\d+) bytes stack frame", report).group(1)),
+        "shared_bytes": compiled.metadata.shared,
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
     }
 
@@ -289,6 +307,14 @@ def test_no_spills(name, architecture, resources, record_property):
     assert need["spill_bytes"] <= SPILLS.get(name, 0)
     assert need["stack_bytes"] <= SPILLS.get(name, 0)
     assert 0 < need["registers"] <= 255
+
+
+@pytest.mark.parametrize("name", FLASH_TILES)
+def test_tiles_fit_the_shared_memory_of_the_smallest_gpu_that_gets_them(name, resources):
+    # 227 KiB on Hopper; 99 KiB on GPUs such as L4, A10 and L40S (capabilities 8.6 and 8.9), for
+    # which Triton lays out shared memory as for 8.0.
+    architecture, kib = (90, 227) if name in HOPPER_ONLY else (80, 99)
+    assert 0 < resources[f"{name} sm_{architecture}"]["shared_bytes"] <= kib * 1024
 
 
 @pytest.mark.parametrize(

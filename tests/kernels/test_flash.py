@@ -25,9 +25,9 @@ def small_tiles(monkeypatch):
     """Shrink the tiles: several a sequence, and few masked positions to interpret."""
     small, wide = flash.Blocks(16, 16, 4, 2), flash.Blocks(16, 32, 4, 2)
     monkeypatch.setattr(flash, "_MIN_QUERIES", 8)
-    monkeypatch.setattr(flash, "_forward_blocks", lambda head_dim: small)
-    monkeypatch.setattr(flash, "_dq_blocks", lambda head_dim: wide)
-    monkeypatch.setattr(flash, "_dkdv_blocks", lambda head_dim: wide)
+    monkeypatch.setattr(flash, "_forward_blocks", lambda head_dim, is_hopper: small)
+    monkeypatch.setattr(flash, "_dq_blocks", lambda head_dim, is_hopper: wide)
+    monkeypatch.setattr(flash, "_dkdv_blocks", lambda head_dim, is_hopper: wide)
 
 
 def _inputs(case, dtype, generator):

@@ -1,8 +1,12 @@
 """The tables on the host: rows, the way there and back, and what is left where it is."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.kernels.ops.host_tables import (
     HostHead,
@@ -39,6 +43,7 @@ def test_rows_have_the_bits_of_the_table(width, dtype, device, generator):
     if device == "cuda":
         table = table.cpu().pin_memory()
     ids = torch.randint(11, (5, 3), generator=generator, device=device).t()
+    ids = ids.to(torch.int32) if width == 12 else ids
     rows = gather_rows(ids, table)
     assert rows.device == ids.device
     assert torch.equal(rows.cpu(), table[ids.cpu()])
@@ -93,6 +98,35 @@ def test_what_cannot_move_is_left_with_a_reason(make, reasons):
     assert [table.data_ptr() for table in model.parameters()] == addresses
 
 
+@pytest.mark.parametrize(
+    ("trained", "reasons"),
+    [
+        (
+            "lm_head",
+            [
+                "input embedding is also the weight of lm_head.original_module",
+                "head is a ModulesToSaveWrapper, not an nn.Linear",
+            ],
+        ),
+        (
+            "embed_tokens",
+            [
+                "input embedding is a ModulesToSaveWrapper, not an nn.Embedding",
+                "head is also the weight of model.embed_tokens.original_module",
+            ],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model with:UserWarning")
+def test_a_table_of_a_third_module_is_left_where_it_is(trained, reasons):
+    # Without its adapter, the model computes with PEFT's original module.
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=11, num_hidden_layers=1, tie_word_embeddings=True)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[trained])
+    causal = get_peft_model(LlamaForCausalLM(config), lora).get_base_model()
+    assert move_to_host(causal) == [f"the {reason}" for reason in reasons]
+
+
 def _as_if_moved(device):
     """Return a model whose head is taken to be on the host of a device."""
     model = TinyCausal()
@@ -104,6 +138,21 @@ def _as_if_moved(device):
 def test_a_table_on_the_host_stays_there_when_the_model_moves():
     model = _as_if_moved("cpu").to("meta")
     assert model.head.weight.device.type == "cpu" and model.embedding.weight.device.type == "meta"
+
+
+def test_a_table_on_the_host_is_read_on_the_device_to_which_the_model_moved():
+    head = _as_if_moved("cpu").to("meta").head
+    assert head_weight(head).device.type == "meta" and head.weight.device.type == "cpu"
+
+
+def test_a_copy_of_a_model_shares_no_state_of_a_forward():
+    model = _as_if_moved("cpu")
+    with model.head.expected():
+        model.head.begin()
+        twin = copy.deepcopy(model).head
+    assert isinstance(twin, HostHead) and twin._tuneline_device == torch.device("cpu")
+    assert twin._tuneline_copy is None and not twin._tuneline_is_expected
+    assert torch.equal(head_weight(twin), model.head.weight)
 
 
 def test_a_table_on_the_host_is_not_converted_without_a_word():
@@ -151,6 +200,11 @@ def test_there_and_back_changes_no_bit(tied, device, generator):
     with model.head.expected():
         model.head.begin()
         assert torch.equal(head_weight(model.head), before["head.weight"])
+    twin = copy.deepcopy(model)
+    assert all(table.is_pinned() for table in twin.parameters())
+    assert len(list(twin.parameters())) == len(tables)
+    assert torch.equal(twin.embedding(ids), before["embedding.weight"][ids])
+    assert torch.equal(twin.head(hidden), logits)
     assert all("is a Host" in reason for reason in move_to_host(model))
     move_back(model)
     assert [type(module) for module in model.children()] == [nn.Embedding, nn.Linear]

@@ -1,6 +1,7 @@
 """The patched model on a GPU in bf16: no further from float32's truth than the stock model is."""
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -128,6 +129,40 @@ def test_packed_hidden_states_are_no_further_from_the_truth_than_the_stock_model
     assert (found - truth).norm() <= 1.05 * (stock - truth).norm()
 
 
+@pytest.mark.parametrize("is_hopper", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+def test_wide_capped_heads_with_the_tiles_of_each_gpu(window, is_hopper, monkeypatch):
+    from tuneline.kernels.ops import flash
+    from tuneline.kernels.ops.attention import (
+        AttentionConfig,
+        AttentionPlan,
+        attention_backward,
+        attention_forward,
+        attention_reference,
+    )
+
+    if is_hopper and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the tiles of Hopper need its shared memory")
+    monkeypatch.setattr(flash, "_is_hopper", lambda tensor: is_hopper)
+    # Gemma 2's heads.
+    config = AttentionConfig(8, 4, 256, 256**-0.5, window=window, softcap=5.0)
+    plan = AttentionPlan.packed([0, 300, 301], 513, torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(3)
+    q, k, v, upstream = (
+        torch.randn(1, 513, heads, 256, generator=generator, device="cuda").bfloat16()
+        for heads in (8, 4, 4, 8)
+    )
+    o = torch.empty_like(q)
+    saved = attention_forward(q, k, v, plan, config, out=o)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    dq, dk = attention_backward(upstream, q, k, v, o, saved, plan, config, out=grads)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = attention_reference(*leaves, plan, config)
+    wanted = torch.autograd.grad(truth, leaves, upstream.double())
+    for got, want in zip((o, dq, dk, grads[2]), (truth, *wanted), strict=True):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
 def test_the_host_stash_gives_back_what_it_took():
     from tuneline.kernels.decoder.stash import HostStash
 
@@ -242,6 +277,34 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
             assert (grads[name] - want[name]).norm() <= 2e-2 * want[name].norm(), name
 
 
+def test_graphs_of_several_rooms_share_their_memory(monkeypatch):
+    from tuneline.kernels import decisions, patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    all_lengths = [(120, 1, 47, 129), (64,) * 8, (300, 213)]
+    rows = [packed_row(lengths, seed) for seed, lengths in enumerate(all_lengths)]
+    patch(model)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
+    eager = [gradients(model, row) for row in rows]
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    for _ in range(2):
+        replayed = [gradients(model, row) for row in rows]
+    graphs = list(model.get_base_model().model._tuneline_engine.graphs._graphs.values())
+    assert [type(graph).__name__ for graph in graphs] == ["GraphedStack"] * 3
+    assert len({id(graph.memory) for graph in graphs}) == 1
+    assert len({graph._flat_grads.data_ptr() for graph in graphs}) == 1
+    for (loss, grads), (want_loss, want) in zip(replayed, eager, strict=True):
+        assert (loss - want_loss).abs() <= 1e-3 * want_loss
+        for name in want:
+            assert (grads[name] - want[name]).norm() <= 2e-2 * want[name].norm(), name
+    # The order of the captures is none that the replays have to keep.
+    for order in itertools.permutations(range(3)):
+        for index in order:
+            loss, grads = gradients(model, rows[index])
+            assert torch.equal(loss, replayed[index][0])
+            assert all(torch.equal(grads[name], replayed[index][1][name]) for name in grads)
+
+
 @pytest.mark.parametrize("kept_layers", [0, 1, 2])
 def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
     from tuneline.kernels import decisions, patch
@@ -261,6 +324,49 @@ def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
         assert engine.last_kept.num_layers == kept_layers and engine.stash.last is not None
         assert torch.equal(loss, want[0])
         assert all(torch.equal(grads[name], want[1][name]) for name in grads)
+
+
+def test_a_graph_is_captured_after_a_forward_that_parks(monkeypatch):
+    from tuneline.kernels import decisions, patch
+    from tuneline.kernels.decoder.budget import kept_bytes
+
+    model = make_model("llama").to(torch.bfloat16)
+    short, long = packed_row((300, 213), 7), packed_row((900, 1100), 8)
+    patch(model, budget="lean")
+    want = gradients(model, short)
+    states, *_ = model.get_base_model().model._tuneline_engine.bound.values()
+    (weights,) = states.values()
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
+    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    # Three layers of the short row are kept, and none of the long one.
+    patch(model, budget=3.2 * kept_bytes(weights, 513, 2) / 2**30)
+    engine = model.get_base_model().model._tuneline_engine
+    num_kept = []
+    for row in (short, long, short, short):
+        loss, grads = gradients(model, row)
+        num_kept.append(engine.last_kept.num_layers)
+    assert num_kept == [3, 0, 3, 3]
+    graphs = engine.graphs._graphs
+    assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
+    # The graph's row is padded, and a product of another number of rows may round otherwise.
+    assert (loss - want[0]).abs() <= 1e-3 * want[0]
+    for name, grad in want[1].items():
+        assert (grads[name] - grad).norm() <= 2e-2 * grad.norm(), name
+
+
+def test_without_host_memory_nothing_is_parked(monkeypatch):
+    from tuneline.kernels import decisions, patch
+
+    model = make_model("llama").to(torch.bfloat16)
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
+    row = packed_row((300, 213), 7)
+    for host_bytes, parks in ((0, False), (2**30, True), (None, True)):
+        patch(model, budget="lean", host_bytes=host_bytes)
+        loss = model(**row).loss
+        engine = model.get_base_model().model._tuneline_engine
+        assert (engine.stash.last is not None) == parks
+        assert host_bytes is None or engine.host_bytes == host_bytes
+        loss.backward()
 
 
 def quantized_llama(**sizes):

@@ -121,7 +121,17 @@ class TemplatedHFLM(_HFLM):
         return [self._cached_scores[pair] for pair in pairs]
 
     def _cut(self, prompt: Tokens, answer: Tokens) -> Pair:
-        """Remove the start of a prompt that is too long for the model, as lm-eval does."""
+        """Remove the start of a prompt that is too long for the model, as lm-eval does.
+
+        Raises:
+            ModelError: no token of the prompt would remain.
+        """
+        if len(answer) > self.max_length:
+            raise ModelError(
+                f"an answer has {len(answer)} tokens, but the model can read only "
+                f"{self.max_length}: leave the task out of evaluate.tasks, or use a model with a "
+                "longer context"
+            )
         # The last token of the answer is no input of the model.
         num_left_out = len(prompt) + len(answer) - 1 - self.max_length
         if num_left_out > 0:

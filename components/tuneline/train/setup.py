@@ -61,7 +61,8 @@ class Setup:
     estimated_bytes: int | None = None
     """Estimated peak memory of a rank with `plan`. None if no estimate exists for the model."""
     table_bytes: int = 0
-    """Bytes of the input embedding and the head that a rank can keep in host memory; 0 if none."""
+    """Bytes of host memory that the input embedding and the head of a rank take if they are there;
+    0 if they cannot be there."""
 
     @property
     def accumulation_steps(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from tuneline.artifacts import TrainingSummary
 from tuneline.errors import TrainingError
+from tuneline.kernels.decoder.stash import pinned_size
 from tuneline.train.attempt import train
 from tuneline.train.checkpoints import CheckpointStore
 from tuneline.train.config import TrainConfig
@@ -99,19 +100,20 @@ def made_to_fit(setup: Setup, config: TrainConfig, inputs: Inputs, *, is_auto: b
 
 
 def _table_bytes(setup: Setup, shape: Shape, settings: Settings) -> int:
-    """Return the bytes of the tables that a rank can keep in host memory; 0 if there are none.
+    """Return the host memory that the tables of a rank would take there; 0 if they cannot be there.
 
     The tables may take half of a rank's host memory: the rest is for offloaded activations, the
     loader and checkpoints.
     """
-    wanted = movable_table_bytes(shape, settings)
-    if not wanted:
+    if not movable_table_bytes(shape, settings):
         return 0
+    tables = shape.num_copied, shape.num_tables - shape.num_copied
+    wanted = sum(pinned_size(num * settings.itemsize) for num in tables if num)
     room = host_memory(min(setup.num_ranks, torch.cuda.device_count() or 1)) // 2
     if wanted > room:
         logger.info(
-            "the input embedding and the head (%.1f GiB) stay in device memory: they may take at "
-            "most half of the host memory of a rank (%.1f GiB)",
+            "the input embedding and the head (%.1f GiB of pinned memory) stay in device memory: "
+            "they may take at most half of the host memory of a rank (%.1f GiB)",
             wanted / GIB,
             room / GIB,
         )

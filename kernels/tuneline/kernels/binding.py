@@ -41,8 +41,10 @@ def check_parts(layer: Any, spec: FamilySpec) -> None:
     """Check that a decoder layer has the modules and attributes that its family's spec names.
 
     Raises:
-        Unfusable: A part is missing; the message names it.
+        Unfusable: A part is missing, or the layer would not call a fused forward; the message names
+            the part.
     """
+    _check_forward(layer, type(layer).__name__)
     norms = ["input_layernorm", "post_attention_layernorm"]
     if spec.sandwich:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -84,6 +86,8 @@ def bind_layer(
         Unfusable: The layer has a feature that the fused layer does not support.
     """
     attention, mlp = layer.self_attn, layer.mlp
+    _check_forward(attention, "self_attn")
+    _check_forward(mlp, "mlp")
     for name, value in vars(config).items():
         # The dropout of adapters is read from the modules, by `_plain_adapter`.
         is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith("lora")
@@ -154,6 +158,7 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
         state_parts += experts_state(mlp._modules["experts"])
     else:
         parents.append((mlp, (*spec.gate_up, "down_proj")))
+    state_parts += ["forward" in attention.__dict__, "forward" in mlp.__dict__]
     for parent, names in parents:
         for name in names:
             module = parent._modules[name]
@@ -165,6 +170,8 @@ def fingerprint(layer: Any, spec: FamilySpec) -> tuple[Any, ...]:
             state_parts += [
                 len(module._forward_hooks) + len(module._forward_pre_hooks),
                 len(base._forward_hooks),
+                "forward" in module.__dict__,
+                "forward" in base.__dict__,
                 tuple(module.__dict__.get("lora_variant", ())),
             ]
             if "lora_dropout" in module._modules:
@@ -233,6 +240,8 @@ def _linear(module: Any, name: str) -> LoraLinear:
         base, adapter = module.base_layer, _plain_adapter(module, name)
     if module._forward_hooks or module._forward_pre_hooks or base._forward_hooks:
         raise Unfusable(f"{name} has forward hooks, which the fused layer would not run")
+    _check_forward(module, name)
+    _check_forward(base, name)
     weight, kind = base.weight, type(base).__name__
     if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         raise Unfusable(f"{name}'s base weight is trained: only frozen bases are fused")
@@ -260,6 +269,15 @@ def _linear(module: Any, name: str) -> LoraLinear:
         lora_b=module.lora_B[adapter].weight,
         scaling=active_scaling(module, adapter),
     )
+
+
+def _check_forward(module: Any, name: str) -> None:
+    """Check that a module runs the forward of its class: libraries may replace that of a module.
+
+    accelerate does so in a model that is on several devices.
+    """
+    if "forward" in vars(module):
+        raise Unfusable(f"{name}'s forward has been replaced, which the fused layer would not run")
 
 
 def _plain_adapter(module: Any, name: str) -> str | None:

@@ -6,6 +6,7 @@ which layer the copy of a head in host memory begins.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,7 +84,8 @@ class Engine:
         return torch.is_grad_enabled() and self.is_checked and not self.checks_always
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.budget, self.specs, self.fp8, self.inference, self.host_bytes)
+        head = copy.deepcopy(self.head, memo)
+        return Engine(self.budget, self.specs, self.fp8, self.inference, self.host_bytes, head=head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,13 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
     engine.last_kept = kept
     if engine.stash is None and device.type == "cuda":
         engine.stash = HostStash()
-        # Read once: what the stash holds is no longer free.
-        engine.host_bytes = engine.host_bytes or half_of_free_memory()
-    stash = engine.stash if num_tokens >= STASH_MIN_TOKENS else None
+        if engine.host_bytes is None:
+            # Read once: what the stash holds is no longer free.
+            engine.host_bytes = half_of_free_memory()
+    # If all layers are kept, they leave the stash alone. It may hold a copy of an earlier forward,
+    # and a layer that waits for the copy cannot be captured in a graph.
+    is_parking = num_tokens >= STASH_MIN_TOKENS and kept.num_layers < len(bound)
+    stash = engine.stash if is_parking else None
     host = None
     if stash is not None and engine.host_bytes is not None:
         host = HostRoom(engine.host_bytes, len(bound) - kept.num_layers, num_tokens)
@@ -218,7 +224,7 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         and engine.head is None
         and equal_tokens(next(iter(bound.values())).multiplied_weights, num_tokens) <= most
         # The tensors of a graph cannot be offloaded to host memory.
-        and (stash is None or kept.num_layers == len(bound))
+        and stash is None
         and len(bound) == len(decoder.layers)
         and all(spec.num_ropes == 1 for spec in engine.specs.values())
         and all(weights.routed is None for weights in bound.values())
@@ -238,8 +244,7 @@ def _head_at(
 ) -> int:
     """Return the layer at which the copy of the head begins, to arrive as the last layer ends.
 
-    The copy begins rather too late than too early, because the layers that run beside it have less
-    memory.
+    The number of layers that run beside the copy is rounded down, because they have less memory.
     """
     if head is None:
         return 0

@@ -36,8 +36,7 @@ time are computed hardly faster, but need more memory."""
 def runs_fused(model: Any) -> bool:
     """Return whether the device, the dtype and the storage of a model's weights allow fused layers.
 
-    A library that loads a quantised model may replace the forward of an nn.Linear, which `patch`
-    does not see.
+    A quantised model is left to the library that loaded it.
     """
     return (
         model.device.type == "cuda"

@@ -40,8 +40,8 @@ A graph never frees its activations: 3 GB for 1024 tokens of a Llama-3.1-8B that
 activations."""
 
 GRAPH_MAX_TOKENS_FP8 = 8192
-"""Largest micro-batch that CUDA graphs replay with fp8 GEMMs. They take less time than bf16 GEMMs, so the
-GPU waits for the host at more tokens: 28 of 368 ms at 8192 tokens without a graph."""
+"""Largest micro-batch that CUDA graphs replay with fp8 GEMMs. They take less time than bf16 GEMMs,
+so the GPU waits for the host at more tokens: 28 of 368 ms at 8192 tokens without a graph."""
 
 _LAYER_WEIGHTS = 218_103_808
 """Weights in the linears of a Llama-3.1-8B layer."""

@@ -89,8 +89,8 @@ def patch(
         inference: Run the layers fused in eval mode, and not in training mode: in forwards without
             gradients and with use_cache=False. The final norm and the loss then stay stock.
         tables_on_host: Keep the input embedding and the head in pinned host memory (see
-            host_tables.py). A table that is trained or not on a GPU is not moved, and a warning
-            gives the reason.
+            host_tables.py). A table that is trained or not on a GPU is not moved, nor is any table
+            of a model without fused layers, and a warning gives the reason.
         host_bytes: Host memory for activations that lean layers offload. What does not fit stays on
             the GPU or is recomputed. None: half of the memory that the machine has free.
 
@@ -141,6 +141,8 @@ def patch(
             decoder._tuneline_engine.head = head
         decoder.norm._tuneline_gemma = next(iter(specs.values())).gemma_norm
         _swap(decoder.norm, _NormMixin)
+    elif tables_on_host:
+        logger.warning("tables_on_host=True: no table moves, because no layer can be fused")
     fused = tuple(index for index in specs if index not in unfused)
     family = next(iter(specs.values())).name if specs else None
     return _logged(PatchReport(family, fused, unfused, loss_reason or "fused", num_fp8_groups))

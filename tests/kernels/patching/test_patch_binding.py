@@ -1,5 +1,7 @@
 """A patched model follows its adapters when they are changed, switched, disabled or merged."""
 
+import copy
+
 import pytest
 import torch
 from patch_cases import (
@@ -16,6 +18,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from tuneline.kernels import binding, decisions, patching
+from tuneline.kernels.ops.host_tables import HostHead
 from tuneline.kernels.patching import patch, unpatch
 
 
@@ -123,6 +126,22 @@ def test_an_adapter_changed_between_forward_and_backward_is_refused():
         next(p for n, p in model.named_parameters() if "lora_A" in n).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_copy_of_a_model_runs_fused_with_its_own_head():
+    model = make_model()
+    patch(model)
+    head = model.get_base_model().lm_head
+    # As `move_to_host` makes it of a head on a GPU.
+    head.__class__, head._tuneline_device = HostHead, torch.device("cpu")
+    engine_of(model).head = head
+    want = step(model, batch())
+    twin = copy.deepcopy(model)
+    assert engine_of(twin).head is twin.get_base_model().lm_head is not head
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert fused_layers(twin) == 2
+    assert_same(step(twin, batch()), want)
 
 
 def test_saving_loading_merging_and_state_dict(tmp_path):

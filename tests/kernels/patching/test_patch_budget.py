@@ -105,3 +105,18 @@ def test_kept_weights_are_dequantised_once_and_give_the_same_bits(num_wide, monk
         assert torch.equal(loss, want_loss)
         assert all(torch.equal(grads[name], grad) for name, grad in want_grads.items())
     assert not torch.equal(got[0][0], got[1][0])
+
+
+def test_layers_that_are_all_kept_leave_the_stash_alone(monkeypatch):
+    model = make_model(dtype=torch.float32)
+    patch(model)
+    # A layer that waited for copies of an earlier forward could not be captured in a graph.
+    engine_of(model).stash = object()
+    monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
+    calls = []
+    monkeypatch.setattr(
+        decisions, "LayerCall", lambda *a, **k: calls.append(LayerCall(*a, **k)) or calls[-1]
+    )
+    step(model, batch())
+    assert engine_of(model).last_kept.num_layers == len(calls) == 2
+    assert [(call.stash, call.fetches) for call in calls] == [(None, False)] * 2

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from patch_cases import assert_same, batch, fused_layers, make_model, step
 
 from tuneline.kernels import binding, binding_adapter, spec
@@ -79,6 +80,31 @@ def test_a_layer_that_cannot_be_fused_stays_stock_beside_fused_ones():
     assert fused_layers(model) == 2
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["", "self_attn", "mlp", "self_attn.q_proj", "mlp.up_proj.base_layer"],
+)
+def test_a_layer_with_a_replaced_forward_stays_stock(part):
+    # As accelerate replaces it in a model that is on several devices.
+    model = make_model()
+    packed = {**batch(1, 10), "use_cache": False}
+    packed["position_ids"] = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    want = step(model, packed)
+    layer = model.get_base_model().model.layers[0]
+    module = layer.get_submodule(part)
+    add_hook_to_module(module, ModelHook())
+    report = patch(model)
+    assert report.fused == (1,) and "forward has been replaced" in report.unfused[0]
+    assert_same(step(model, packed), want)
+    if part:
+        # The next forward notices either change.
+        remove_hook_from_module(module)
+        del module.forward
+        assert fused_layers(model) == 2
+        add_hook_to_module(module, ModelHook())
+        assert fused_layers(model) == 1
+
+
 def test_the_device_of_a_model_is_where_it_computes():
     model = make_model()
     patch(model)
@@ -100,6 +126,8 @@ def test_tables_that_stay_where_they_are_are_told(caplog):
     assert "tables_on_host=True: the head is on cpu" in caplog.text
     unpatch(model)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    patch(torch.nn.Linear(2, 2), tables_on_host=True)
+    assert "tables_on_host=True: no table moves, because no layer can be fused" in caplog.text
 
 
 def test_bad_budget_and_unknown_model():

@@ -10,7 +10,6 @@ Prints tokens per second by wall-clock time and the peak memory beside the estim
 
 import argparse
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -47,8 +46,6 @@ def main() -> None:
 
 def run(shape: str, args: argparse.Namespace) -> dict[str, object]:
     """Train one shape, and return what its training.json says."""
-    import torch
-
     began = time.monotonic()
     family, sizes = gpu_inputs.SHAPES[shape]
     if args.tiny:
@@ -67,22 +64,19 @@ def run(shape: str, args: argparse.Namespace) -> dict[str, object]:
             max_token=500 if args.tiny else 30000,
         )
         gib = args.gb * 1e9 / GIB
-        if torch.cuda.is_available():
-            share = args.gb * 1e9 / torch.cuda.mem_get_info()[1]
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.4f}"
-        done = gpu_inputs.train(
-            shape,
-            {
-                **{"max_steps": args.steps, "warmup_steps": 2, "early_stopping_patience": None},
-                **{"global_batch_size": 4, "num_ranks": 1, "memory_gib": gib},
-            },
-            base=work / "base",
-            dataset=work / "dataset",
-            work=work,
-            timeout=280,
-        )
+        with gpu_inputs.capped(args.gb * 1e9):
+            done = gpu_inputs.train(
+                shape,
+                {
+                    **{"max_steps": args.steps, "warmup_steps": 2, "early_stopping_patience": None},
+                    **{"global_batch_size": 4, "num_ranks": 1, "memory_gib": gib},
+                },
+                base=work / "base",
+                dataset=work / "dataset",
+                work=work,
+                timeout=280,
+            )
     finally:
-        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         shutil.rmtree(work, ignore_errors=True)
     say(done.show(WARM_UP))
     (args.out_dir / f"capped_{shape}.log").write_text("\n".join(done.log))

@@ -3,6 +3,7 @@
 The files are those that fetch and prepare write, so the train step runs unchanged.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,25 @@ def write_weights_by_library(directory: Path) -> int:
     del model
     torch.cuda.empty_cache()
     return size
+
+
+@contextlib.contextmanager
+def capped(num_bytes: float) -> Iterator[None]:
+    """Let torch refuse more GPU memory in processes that are started meanwhile, as a smaller GPU.
+
+    Args:
+        num_bytes: Memory that a process may take; without a GPU it has no effect.
+    """
+    import torch
+
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    if torch.cuda.is_available():
+        share = num_bytes / torch.cuda.mem_get_info()[1]
+        os.environ[name] = f"per_process_memory_fraction:{share:.4f}"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def gsm8k_lengths(num_tokens: int, scale: float = 1.0) -> list[int]:

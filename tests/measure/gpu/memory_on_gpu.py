@@ -23,7 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_inputs import GIB, SMALL_GPU_GIB, check_packages, say, write_base, write_dataset
+from gpu_inputs import (
+    GIB,
+    SMALL_GPU_GIB,
+    check_packages,
+    gsm8k_lengths,
+    say,
+    write_base,
+    write_dataset,
+)
 
 NUM_STEPS = 3
 PHI_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -43,7 +51,8 @@ class Setting:
     packing: bool = True
     kernels: Literal["off", "lean", "free", "host"] = "off"
     """off: no fused kernels; lean: fused, with no memory for activations; free: with all memory;
-    host: with SMALL_GPU_GIB, in which the run fits only with its tables in host memory."""
+    host: with SMALL_GPU_GIB, in which the run fits only with its tables in host memory. torch then
+    refuses more memory, and a step has two micro-batches."""
     method: str = "sft"
     in_4bit: bool = True
     r: int = 16
@@ -204,6 +213,10 @@ def measure(setting: Setting) -> dict[str, Any]:
         logger = logging.getLogger("tuneline.train.memory.plan")
         logger.addHandler(estimates)
         logger.setLevel(logging.INFO)
+        if has_gpu:
+            total = torch.cuda.mem_get_info()[1]
+            limit = SMALL_GPU_GIB * GIB + before if setting.kernels == "host" else total
+            torch.cuda.set_per_process_memory_fraction(limit / total)
         try:
             summary = train(
                 TrainConfig.parse(train_config(setting)),
@@ -260,7 +273,7 @@ def train_config(setting: Setting) -> dict[str, Any]:
         "load_in_4bit": setting.in_4bit,
         "max_steps": NUM_STEPS,
         "warmup_steps": 0,
-        "global_batch_size": setting.rows,
+        "global_batch_size": setting.rows * (2 if setting.kernels == "host" else 1),
         "micro_batch_size": setting.rows,
         "packing": setting.packing,
         "optim": setting.optim,
@@ -274,14 +287,14 @@ def train_config(setting: Setting) -> dict[str, Any]:
 
 
 def write_rows(directory: Path, setting: Setting) -> None:
-    """Write rows that fill every micro-batch of the run."""
-    num_rows, length = NUM_STEPS * setting.rows, setting.length
+    """Write rows that fill every micro-batch; packed ones have lengths like GSM8K's."""
+    num_rows = NUM_STEPS * train_config(setting)["global_batch_size"]
+    lengths = [setting.length] * num_rows
     if setting.packing and setting.method != "dpo":
-        # Eight rows per pack: the tokens stay the same, but attention has borders within a pack.
-        num_rows, length = 8 * num_rows, length // 8
+        lengths = gsm8k_lengths(num_rows * setting.length, min(1.0, setting.length / 2048))
     write_dataset(
         directory,
-        [length] * num_rows,
+        lengths,
         max_seq_length=setting.length,
         method=setting.method,
         max_token=500 if setting.shape == "tiny" else 30000,

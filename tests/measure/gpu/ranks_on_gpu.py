@@ -85,7 +85,9 @@ class Comparison:
             self.pair("big", *self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=2), forwards=2)
         if "host" in parts:
             inputs = self.inputs("Llama-3.1-8B", pack=2048, packs_per_step=2)
-            self.pair("host", *inputs, forwards=2, memory_gib=gpu_inputs.SMALL_GPU_GIB, fit="auto")
+            gib = gpu_inputs.SMALL_GPU_GIB
+            with gpu_inputs.capped(gib * gpu_inputs.GIB):
+                self.pair("host", *inputs, forwards=2, memory_gib=gib, fit="auto")
         if "scale" in parts:
             self.scale(*self.inputs("Llama-3.1-8B", pack=8192, packs_per_step=4), ranks)
         if "ddp" in parts:

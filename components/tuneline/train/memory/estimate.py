@@ -10,8 +10,8 @@
     working set  what the backward pass of one layer takes in addition: recomputed activations, a
                  dequantised weight, gradients
     head         what the loss holds at once: logits, and tensors of their size or of hidden states.
-                 If the head's weight is in host memory: its copy, and what the loss or the forward
-                 of a layer, beside which the copy is made, holds at once
+                 If the head's weight is in host memory, its copy is added: to the above or, because
+                 the last layers run while it arrives, to what their forward holds, if that is more
 
 The numbers of stored tensors are those of transformers' Llama family: a RMSNorm stores its input in
 fp32 and its output; attention stores q, k, v and its output; the MLP stores four tensors of its
@@ -164,7 +164,7 @@ class MemoryEstimate:
     working_set: int
     head: int
     tables: int = 0
-    """Bytes of tables in host memory, which are on the device until the model is loaded."""
+    """Bytes of tables in host memory. They are on the device until the whole model is loaded."""
     graphs: int = 0
 
     @property

@@ -292,20 +292,21 @@ def _with_fewer_examples(plan: Plan) -> Plan:
 def _tables_save_memory(asked: Plan, shape: Shape, settings: Settings) -> bool:
     """Return whether a run takes less memory if its tables are in host memory.
 
-    It does not if the loss takes more memory than a layer's backward pass, and the head, which is
-    copied for the loss, is the only table, because the input embedding is tied to it.
+    It does not if the input embedding is tied to the head, which is copied for the loss, and the
+    loss takes more memory than a layer's backward pass.
     """
     least = asked.model_copy(update={"micro_batch_size": 1, "gradient_checkpointing": True})
     moved = least.model_copy(update={"tables_on_host": True})
-    return _estimate(shape, settings, moved).total < _estimate(shape, settings, least).total
+    on_host, on_device = (_estimate(shape, settings, plan) for plan in (moved, least))
+    # That tables on the host do without graphs is no reason to move them.
+    return on_host.total < on_device.total - on_device.graphs
 
 
 def _plans(plan: Plan, min_length: int | None, moves_tables: bool) -> Iterator[Plan]:
-    smaller: Plan | None = plan
+    smaller = smaller_plan(plan, min_length=min_length, moves_tables=moves_tables)
     while smaller is not None:
+        yield smaller
         smaller = smaller_plan(smaller, min_length=min_length, moves_tables=moves_tables)
-        if smaller is not None:
-            yield smaller
 
 
 def _usable(available_bytes: int) -> int:

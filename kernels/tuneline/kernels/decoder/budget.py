@@ -26,12 +26,18 @@ from tuneline.kernels.decoder.attention_half import Saved
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import pinned_size
 from tuneline.kernels.experts.arena import ARENA_BYTES, padded_rank
-from tuneline.kernels.limits import HEAD_ROOM, KEPT_MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import (
+    HEAD_ROOM,
+    KEPT_MLP_CHUNK_TOKENS,
+    MLP_CHUNK_TOKENS,
+    STASH_MIN_TOKENS,
+)
 from tuneline.kernels.ops.attention import AttentionPlan
 
 Budget = Literal["auto", "lean"] | float
 """Memory for stored activations and dequantised weights: `auto`, `lean` (none), or a number of GiB.
-`auto` is the memory that is free now, minus the temporaries of a layer's backward and minus
+`auto` is the memory that is free now, minus the inputs of layers that are not offloaded, minus the
+temporaries of a layer's backward (or of its forward, with a head that arrives meanwhile) and minus
 HEAD_ROOM; without a GPU, it is the memory of all activations."""
 
 HOST_BYTES_PER_FLOP = 8.5e-5
@@ -114,6 +120,16 @@ def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> in
     # below counts tensors of the size of x.
     temporaries = chunk * (2 * gate_up.num_out + 2 * down.num_in)
     return itemsize * (arenas + temporaries + hidden)
+
+
+def forward_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
+    """Return the bytes of the temporaries at the peak of a layer's forward, which is in its MLP."""
+    if weights.routed is not None:
+        return workspace_bytes(weights, num_tokens, itemsize)
+    gate_up, down = weights.dense_mlp()
+    arenas = gate_up.num_out * gate_up.num_in + down.num_out * down.num_in
+    temporaries = min(num_tokens, MLP_CHUNK_TOKENS) * (gate_up.num_out + down.num_in)
+    return itemsize * (arenas + temporaries + 4 * num_tokens * weights.qkv.num_in)
 
 
 @dataclass(frozen=True)
@@ -228,10 +244,17 @@ def share_out(
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights in layers)
-        workspace = max(workspace, head_bytes)
+        if head_bytes:
+            # The head arrives while the last layers run; and the reference of a preference runs all
+            # its layers while the policy's head waits for the backward.
+            beside = max(forward_bytes(weights, num_tokens, itemsize) for weights in layers)
+            workspace = max(workspace, head_bytes + beside)
+        inputs = 0
+        if num_tokens < STASH_MIN_TOKENS:
+            inputs = sum(num_tokens * weights.qkv.num_in * itemsize for weights in layers)
         arenas = [g.place.arena for weights in layers for g in weights.groups()]
         held = sum(arena.nbytes for arena in arenas if arena is not None)
-        num_bytes = free + held - workspace - HEAD_ROOM * total
+        num_bytes = free + held - inputs - workspace - HEAD_ROOM * total
     per_layer = max(kept_bytes(weights, num_tokens, itemsize) for weights in layers)
     num_layers = max(0, min(len(layers), int(num_bytes / per_layer)))
     if num_layers < len(layers):

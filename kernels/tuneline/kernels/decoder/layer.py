@@ -17,9 +17,10 @@ copied to the host and back.
 A *kept* layer stores q, k, v, a, x2, gate and up on the device. Its backward recomputes only n1 and
 n2, or nothing if the layer stores n1 and n2 too.
 
-All choices run the same kernels on the same numbers and give the same gradients bit for bit. The
-exception is the gradients of the MLP's adapters for more than 4096 tokens, because kept layers sum
-over longer chunks.
+All choices run the same kernels on the same numbers and give the same gradients bit for bit, with
+two exceptions. For more than 4096 tokens, the gradients of the MLP's adapters differ, because kept
+layers sum over longer chunks. For more than 2048 tokens, a *narrow* layer multiplies fewer rows at
+a time, which cuBLAS may round differently.
 
 The halves are in attention_half.py, mlp_half.py and, for a mixture of experts, experts_half.py. A
 lean layer with experts computes gate and up again, and a kept one stores them. Its function also

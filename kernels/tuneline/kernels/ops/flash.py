@@ -50,17 +50,29 @@ class Blocks:
 
 # The fastest of 14 tile shapes on an H100 (benchmarks/attention.py --sweep) for heads of 128 and
 # packed rows with GSM8K's lengths, with one exception: a forward with tiles of 128 x 32 takes 6 %
-# less time on an H100, but spills registers on Ampere.
-def _forward_blocks(head_dim: int) -> Blocks:
-    return Blocks(128, 64, 8, 2) if head_dim > 128 else Blocks(64, 32, 4, 2)
+# less time on an H100, but spills registers on Ampere. For heads over 128, Hopper's tiles need 192
+# KiB of shared memory. The tiles of all other GPUs need 96 KiB, because L4, A10 and L40S have 99
+# KiB; they were compiled for these GPUs, where they spill no register, but not measured.
+def _forward_blocks(head_dim: int, is_hopper: bool) -> Blocks:
+    if head_dim <= 128:
+        return Blocks(64, 32, 4, 2)
+    return Blocks(128, 64, 8, 2) if is_hopper else Blocks(64, 64, 8, 1)
 
 
-def _dq_blocks(head_dim: int) -> Blocks:
-    return Blocks(128, 64, 8, 1) if head_dim > 128 else Blocks(64, 32, 4, 2)
+def _dq_blocks(head_dim: int, is_hopper: bool) -> Blocks:
+    if head_dim <= 128:
+        return Blocks(64, 32, 4, 2)
+    return Blocks(128, 64, 8, 1) if is_hopper else Blocks(64, 32, 8, 1)
 
 
-def _dkdv_blocks(head_dim: int) -> Blocks:
-    return Blocks(64, 64, 8, 2) if head_dim > 128 else Blocks(32, 64, 4, 2)
+def _dkdv_blocks(head_dim: int, is_hopper: bool) -> Blocks:
+    if head_dim <= 128:
+        return Blocks(32, 64, 4, 2)
+    return Blocks(64, 64, 8, 2) if is_hopper else Blocks(32, 32, 8, 2)
+
+
+def _is_hopper(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == (9, 0)
 
 
 @triton.jit
@@ -294,7 +306,7 @@ def flash_forward(
     """
     T, H, D = q_THD.shape
     lse_HT = torch.empty(H, T, dtype=torch.float32, device=q_THD.device)
-    blocks = _forward_blocks(D)
+    blocks = _forward_blocks(D, _is_hopper(q_THD))
     pack = _pack(H // k_TGD.shape[1], blocks)
     grid = (triton.cdiv(longest, blocks.rows // pack), H // pack, cu_seqlens.numel() - 1)
     _fwd_kernel[grid](
@@ -340,7 +352,7 @@ def flash_backward(
     dq, dk, dv = out
     delta_HT = torch.empty_like(lse_HT)
     num_sequences = cu_seqlens.numel() - 1
-    blocks = _dq_blocks(D)
+    blocks = _dq_blocks(D, _is_hopper(q_THD))
     pack = _pack(H // k_TGD.shape[1], blocks)
     _dq_kernel[(triton.cdiv(longest, blocks.rows // pack), H // pack, num_sequences)](
         q_THD, k_TGD, v_TGD, o_THD, do_THD, dq, lse_HT, delta_HT, cu_seqlens,
@@ -348,7 +360,7 @@ def flash_backward(
         *_strides(q_THD, k_TGD, v_TGD, o_THD, do_THD, dq),
         **_sizes(q_THD, k_TGD, window, softcap, blocks),
     )  # fmt: skip
-    blocks = _dkdv_blocks(D)
+    blocks = _dkdv_blocks(D, _is_hopper(q_THD))
     _dkdv_kernel[(triton.cdiv(longest, blocks.keys), k_TGD.shape[1], num_sequences)](
         q_THD, k_TGD, v_TGD, do_THD, dk, dv, lse_HT, delta_HT, cu_seqlens,
         T, scale, softcap or 1.0,

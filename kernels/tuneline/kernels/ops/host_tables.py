@@ -34,7 +34,7 @@ from torch import Tensor, nn
 def _gather_kernel(ids_ptr, table_ptr, out_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    row = tl.load(ids_ptr + token)
+    row = tl.load(ids_ptr + token).to(tl.int64)
     y = tl.load(table_ptr + row * C + col, col < C)
     tl.store(out_ptr + token * C + col, y, col < C)
 
@@ -54,17 +54,25 @@ class _HostTable(nn.Module):
     """A module whose weight stays on the host when the model is moved, e.g. by a trainer."""
 
     _tuneline_device: torch.device
-    """Device of the table before the table was moved to the host."""
+    """Device of the model, where the table's rows or its copy are read."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         dtype = cast(Any, self).weight.dtype
-        wanted = fn(torch.empty(0, dtype=dtype)).dtype
-        if wanted != dtype:
+        moved = fn(torch.empty(0, dtype=dtype, device=self._tuneline_device))
+        if moved.dtype != dtype:
             raise ValueError(
-                f"a table in host memory stays in {dtype}: to convert the model to {wanted}, first "
-                "unpatch it, or patch it without tables_on_host"
+                f"a table in host memory stays in {dtype}: to convert the model to {moved.dtype}, "
+                "first unpatch it, or patch it without tables_on_host"
             )
+        self._tuneline_device = moved.device
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        table = cast(Any, self).weight
+        # torch copies a pinned tensor to memory that is not pinned, which no kernel can read.
+        if self._tuneline_device.type == "cuda" and not table.is_pinned():
+            table.data = table.data.pin_memory()
 
 
 class HostEmbedding(_HostTable, nn.Embedding):
@@ -85,6 +93,11 @@ class HostHead(_HostTable, nn.Linear):
     """
     _tuneline_stream: torch.cuda.Stream | None = None
     _tuneline_is_expected = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a copy of this module: without what belongs to a forward."""
+        own = ("_tuneline_copy", "_tuneline_stream", "_tuneline_is_expected")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     @contextmanager
     def expected(self, copy: Tensor | None = None) -> Iterator[None]:
@@ -165,9 +178,15 @@ def move_to_host(causal: Any) -> list[str]:
         The reason of each table that was not moved.
     """
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    others = {
+        weight: name
+        for name, module in causal.named_modules()
+        if module not in (embedding, head)
+        for weight in module.parameters(recurse=False)
+    }
     reasons = {
-        "input embedding": _reason(embedding, nn.Embedding),
-        "head": _reason(head, nn.Linear),
+        "input embedding": _reason(embedding, nn.Embedding, others),
+        "head": _reason(head, nn.Linear, others),
     }
     if head is not None and head.weight is embedding.weight:
         # One table cannot be in two places.
@@ -181,14 +200,21 @@ def move_to_host(causal: Any) -> list[str]:
         table = module.weight
         if id(table) not in moved:
             moved[id(table)] = table.device
-            table.data = table.data.cpu().pin_memory()
+            pinned = torch.empty_like(table.data, device="cpu", pin_memory=True)
+            table.data = pinned.copy_(table.data)
         module.__class__ = kind
         cast(_HostTable, module)._tuneline_device = moved[id(table)]
     return [f"the {name} {reason}" for name, reason in reasons.items() if reason is not None]
 
 
-def _reason(module: Any, kind: type[nn.Module]) -> str | None:
-    """Return why a table cannot move to the host, or None if it can."""
+def _reason(module: Any, kind: type[nn.Module], others: dict[Tensor, str]) -> str | None:
+    """Return why a table cannot move to the host, or None if it can.
+
+    Args:
+        module: The module that holds the table, if there is one.
+        kind: The class that the module has to have.
+        others: The weights of all other modules, with the name of their module.
+    """
     if module is None:
         return "does not exist"
     if type(module) is not kind:
@@ -197,6 +223,9 @@ def _reason(module: Any, kind: type[nn.Module]) -> str | None:
         return "is trained"
     if getattr(module, "bias", None) is not None:
         return "has a bias"
+    other = others.get(cast(Tensor, module.weight))
+    if other is not None:
+        return f"is also the weight of {other}"
     if not module.weight.is_cuda:
         return f"is on {module.weight.device}, not on a GPU"
     return None
