@@ -10,6 +10,7 @@ import pytest
 from tuneline.artifacts import PROMPT_CONTROL, Scores, read_jsonl, write_jsonl
 from tuneline.errors import HubError, ModelError, TaskError, WorldError
 from tuneline.evaluate import EvaluateConfig
+from tuneline.evaluate import model as evaluate_model
 from tuneline.evaluate.run import run
 from tuneline.evaluate.samples import primary_metric, rows_of, score_of
 
@@ -76,6 +77,22 @@ def evaluate(tmp_path: Path, model_dir: Path, dataset: Path, **config) -> tuple[
         scores_dir=str(scores_dir),
     )
     return result, scores_dir
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_the_recipe_decides_whether_layers_may_run_fused(
+    tmp_path, tiny_model_dir, write_dataset, heldout_rows, monkeypatch, kernels
+):
+    score_answers, allowed = evaluate_model.score_answers, []
+
+    def noted(*args, fuses, **kwargs):
+        allowed.append(fuses)
+        return score_answers(*args, fuses=fuses, **kwargs)
+
+    monkeypatch.setattr(evaluate_model, "score_answers", noted)
+    dataset = write_dataset(heldout_rows())
+    evaluate(tmp_path, tiny_model_dir, dataset, tasks=("heldout_perplexity",), kernels=kernels)
+    assert set(allowed) == {kernels == "auto"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -143,6 +143,9 @@ def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, pa
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
     assert not any("_tuneline" in key for module in model.modules() for key in vars(module))
+    num_calls = len(packed_rows)
+    stock = likelihood.score_answers(model, pairs, batches=Batches(max_items=9), fuses=False)
+    assert len(packed_rows) == num_calls and stock.keys() == scores.keys()
 
 
 def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):

@@ -26,6 +26,9 @@ class EvaluateConfig(StrictModel):
     """Prompts per batch, for likelihoods and for generation. auto: as many as fit into the free
     memory of the GPU, and on a CPU as many as have 4096 tokens. If memory runs out, batches are
     divided, so the largest possible number is never needed here."""
+    kernels: Literal["auto", "off"] = "auto"
+    """Fused layers for the log likelihoods of long answers. auto: use them if the GPU can (Ampere
+    or newer). off: never use them."""
     prompt_rows: int = Field(default=64, ge=0)
     """Held-out rows for the control task prompt_dependence, which runs with the tasks over held-out
     rows: how much likelier an answer is after its own prompt than after the prompt of another row.

@@ -65,6 +65,8 @@ class TemplatedHFLM(_HFLM):
 
     batches: Batches
     """How many sequences are computed at a time."""
+    fuses = True
+    """Whether layers may run fused."""
     _templated = False
     _examples: tuple[int, ...] = ()
     _cached_scores: dict[Pair, Score] | None = None
@@ -112,13 +114,16 @@ class TemplatedHFLM(_HFLM):
         pairs = [(tuple(prompt), tuple(answer)) for _, prompt, answer in requests]
         if not self._templated:
             pairs = [self._cut(*pair) for pair in pairs]
-            scores = score_answers(self.model, pairs, batches=self.batches)
+            scores = self._score(pairs)
             return [scores[pair] for pair in pairs]
         if self._cached_scores is None:
             self._cached_scores = {}
         missing = [pair for pair in pairs if pair not in self._cached_scores]
-        self._cached_scores |= score_answers(self.model, missing, batches=self.batches)
+        self._cached_scores |= self._score(missing)
         return [self._cached_scores[pair] for pair in pairs]
+
+    def _score(self, pairs: list[Pair]) -> dict[Pair, Score]:
+        return score_answers(self.model, pairs, batches=self.batches, fuses=self.fuses)
 
     def _cut(self, prompt: Tokens, answer: Tokens) -> Pair:
         """Remove the start of a prompt that is too long for the model, as lm-eval does.

@@ -77,6 +77,7 @@ def run(
         cache_dir = scratch / "cache"
         loaded = {name: finder.load(name, heldout_file, cache_dir) for name in config.tasks}
         lm = models.load(model_dir, tokenizer, batch_size=config.batch_size)
+        lm.fuses = config.kernels == "auto"
 
         ours = {name: tasks for name, tasks in loaded.items() if name in heldout.TASKS}
         shown: list[Tokens] = []

@@ -61,13 +61,16 @@ def num_same_choices(reference_TV: torch.Tensor, tested_TV: torch.Tensor) -> int
     return int((gaps_T <= NEAR_TIE).sum())
 
 
-def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dict[Pair, Score]:
+def score_answers(
+    model: Any, pairs: Iterable[Pair], *, batches: Batches, fuses: bool = True
+) -> dict[Pair, Score]:
     """Return the log likelihood of each answer given its prompt.
 
     Args:
         model: a causal language model with a key-value cache.
         pairs: (prompt, answer) as token IDs, neither empty.
         batches: limits of a batch, whose items are prompts with all of their answers.
+        fuses: whether layers run fused if they can.
 
     Returns:
         A mapping: pair -> (log likelihood of the answer in nats, whether greedy decoding would
@@ -79,7 +82,7 @@ def score_answers(model: Any, pairs: Iterable[Pair], *, batches: Batches) -> dic
     items = [(prompt, list(group)) for prompt, group in answers.items()]
     # Prompts of similar length whose answers have similar lengths need little padding.
     items.sort(key=lambda item: (_longest(item[1]), item[0]))
-    with _fused_layers(model) as fused:
+    with _fused_layers(model) if fuses else nullcontext() as fused:
         scored = batches.run(
             items,
             lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
