@@ -173,3 +173,28 @@ def test_what_a_step_asks_of_the_model_is_what_transformers_asks(
         trainer.training_step(model, dict(batch), labels)
         assert model.training and all(module.training for module in trainer.model.modules())
         assert "train" not in vars(model)
+
+
+def test_gradients_are_dropped_without_a_visit_to_every_parameter(
+    dataset_dir, answer_rows, tiny_model_dir, tmp_path, monkeypatch
+):
+    config = TrainConfig(max_steps=2, packing=False, global_batch_size=4, micro_batch_size=2)
+    trainer = trainer_for(config, dataset_dir(answer_rows[:8]), tiny_model_dir, tmp_path)
+    at_start, visits = [], []
+    step, visit = type(trainer).training_step, torch.nn.Module.zero_grad
+
+    def noted(self, model, *args, **kwargs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        at_start.append(sum(p.grad is not None for p in trained) / len(trained))
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer), "training_step", noted)
+    monkeypatch.setattr(
+        torch.nn.Module, "zero_grad", lambda self, *args: (visits.append(self), visit(self, *args))
+    )
+    trainer.train()
+    # Two micro-batches per step; the second finds the first one's gradients.
+    assert at_start == [0, 1] * 2
+    # Before the first step.
+    assert len(visits) == 1 and "zero_grad" not in vars(trainer.model)
+    assert all(p.grad is None for p in trainer.model.parameters())

@@ -1,11 +1,13 @@
 """A trainer that spends little time on the host between two kernel launches.
 
-transformers and accelerate visit every module or parameter of the model three times per step. For
-an 8B model with adapters, which has 2,700 modules, the visits take 50 ms on a fast host, and the
-GPU waits meanwhile (one H100, packs of 8192 tokens: 518 ms per step including these 50 ms).
+transformers and accelerate visit every module or parameter of the model four times per step. For
+an 8B model with adapters, which has 2,700 modules, three of the visits take 50 ms on a fast host,
+and the GPU waits meanwhile (one H100, packs of 8192 tokens: 518 ms per step including these 50 ms).
+The fourth, which drops the gradients, takes 3 ms.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,15 +28,27 @@ class QuickStepTrainer(Trainer):
         one after an evaluation."""
         self._operations_per_token: float | None = None
         self._is_in_training_mode = False
+        self._stepped: Any = None
+        """The model whose `zero_grad` visits its trained parameters alone."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; before the call, the model may be in training or in evaluation mode."""
         self._is_in_training_mode = False
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._stepped is not None:
+                del self._stepped.zero_grad
+                self._stepped = None
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a micro-batch after its backward pass."""
         self.enter_training_mode(model)
+        # DeepSpeed's engine keeps gradients elsewhere too.
+        if self._stepped is None and not self.is_deepspeed_enabled:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            model.zero_grad = functools.partial(_drop_gradients, trained)
+            self._stepped = model
         with _without_mode_changes(model):
             return super().training_step(model, *args, **kwargs)
 
@@ -68,6 +82,20 @@ class QuickStepTrainer(Trainer):
             transformers: Any = super()
             return transformers._clip_grad_norm(model)
         return self.own_grad_norm()
+
+
+def _drop_gradients(parameters: list[torch.nn.Parameter], set_to_none: bool = True) -> None:
+    """Do what `Module.zero_grad` does, for some parameters.
+
+    Args:
+        parameters: All parameters of the model that have gradients.
+        set_to_none: Whether gradients become None, and not zeros.
+    """
+    for parameter in parameters:
+        if set_to_none:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            parameter.grad.zero_()
 
 
 @contextlib.contextmanager
