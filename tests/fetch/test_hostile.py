@@ -12,7 +12,7 @@ import pytest
 
 from tuneline.errors import ModelError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.gguf.header import check_header
 from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
@@ -410,7 +410,7 @@ def test_a_tokenizer_that_ignores_case_and_lacks_words_is_none_of_these(tmp_path
 def test_a_tokenizer_that_changes_when_it_is_written(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from tuneline.fetch.gguf import check_reloaded
+    from tuneline.fetch.gguf.convert import check_reloaded
 
     read = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer())
     read.save_pretrained(tmp_path)
