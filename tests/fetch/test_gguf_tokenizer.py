@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tuneline.errors import ModelError
 from tuneline.fetch import builtin
-from tuneline.fetch.gguf.tokenizer import complete, read_tokenizer
+from tuneline.fetch.gguf.tokenizer import complete, read_tokenizer, save_tokenizer
 from tuneline.prepare.tokens.tokenizer import load_tokenizer
 
 TEXTS = (
@@ -58,7 +58,9 @@ def write_gguf(path: Path, *, model: str, pre: str | None, adds_bos: bool | None
     return path
 
 
-def test_the_built_in_model_s_is_the_one_that_fetch_writes(smollm2_dir: Path) -> None:
+def test_the_built_in_model_s_is_the_one_that_fetch_writes(
+    smollm2_dir: Path, tmp_path: Path
+) -> None:
     read, context = read_tokenizer(builtin.locate("smollm2-135m"))
     written, longest = load_tokenizer(str(smollm2_dir))
     assert context == longest == 8192
@@ -67,6 +69,10 @@ def test_the_built_in_model_s_is_the_one_that_fetch_writes(smollm2_dir: Path) ->
     assert read.chat_template == written.chat_template
     for text in TEXTS:
         assert read.encode(text) == written.encode(text)
+    assert context is not None
+    save_tokenizer(read, context, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (smollm2_dir / name).read_bytes()
 
 
 @pytest.mark.parametrize(

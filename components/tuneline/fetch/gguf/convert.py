@@ -1,6 +1,5 @@
 """Convert a GGUF file to safetensors and a tokenizer."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from tuneline.errors import ModelError
 from tuneline.fetch.config_sizes import check_sizes
 from tuneline.fetch.gguf.header import check_header
 from tuneline.fetch.gguf.rope import read_scaling
-from tuneline.fetch.gguf.tokenizer import complete, readable
+from tuneline.fetch.gguf.tokenizer import complete, readable, save_tokenizer
 from tuneline.models.whole import check_report
 
 logger = logging.getLogger(__name__)
@@ -20,8 +19,6 @@ _SAMPLES = (
     "<|im_start|>user\nHi<|im_end|>\n",
 )
 """Texts with words, numbers, code, other scripts and special tokens."""
-# Keys of tokenizer_config.json that describe how the tokenizer was loaded, not the tokenizer.
-_LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
 
 
 def convert(path: Path, target: Path) -> str | None:
@@ -66,7 +63,7 @@ def convert(path: Path, target: Path) -> str | None:
         parameters.get("full_attention", parameters).update(scaling)
         logger.info("%s scales rotary embeddings: %s", path.name, scaling)
     model.save_pretrained(target)
-    _save_tokenizer(tokenizer, model.config, target)
+    save_tokenizer(tokenizer, model.config.max_position_embeddings, target)
     check_reloaded(tokenizer, target, path)
     return header.get("general.license")
 
@@ -88,14 +85,3 @@ def check_reloaded(tokenizer: Any, target: Path, source: Path) -> None:
                 f"{text!r} becomes {tokenizer.decode(ids)!r} before and {written.decode(again)!r} "
                 "after): name the safetensors model that it was made from instead"
             )
-
-
-def _save_tokenizer(tokenizer: Any, config: Any, target: Path) -> None:
-    """Write the tokenizer of the model with this config, without how it was loaded."""
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(target)
-    path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for key in _LOADING_DETAILS:
-        settings.pop(key, None)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

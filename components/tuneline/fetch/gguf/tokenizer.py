@@ -6,6 +6,7 @@ a warning is logged.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ _KEY = "tokenizer.ggml."
 _ARRAYS = frozenset(_KEY + name for name in ("tokens", "merges", "scores", "token_type"))
 _TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """A special token's name in transformers -> its name in GGUF."""
+# Keys of tokenizer_config.json that describe how the tokenizer was loaded, not the tokenizer.
+_LOADING_DETAILS = ("is_local", "local_files_only", "name_or_path")
 
 
 def read_tokenizer(path: Path) -> tuple[Any, int | None]:
@@ -63,6 +66,23 @@ def read_tokenizer(path: Path) -> tuple[Any, int | None]:
         tokenizer = new(tokenizer_object=backend, **settings, **more)
     complete(tokenizer, header)
     return tokenizer, header.get(f"{architecture}.context_length")
+
+
+def save_tokenizer(tokenizer: Any, context: int, target: Path) -> None:
+    """Write a tokenizer of a model with this many tokens in its context, without how it was read.
+
+    Args:
+        tokenizer: the tokenizer.
+        context: largest number of tokens in the model's context.
+        target: directory to write the files to.
+    """
+    tokenizer.model_max_length = context
+    tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in _LOADING_DETAILS:
+        settings.pop(key, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
