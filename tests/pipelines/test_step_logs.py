@@ -74,6 +74,20 @@ def test_the_list_names_a_cancelled_run(kfp_server: Any, no_kube: None) -> None:
     assert line.split()[:2] == [name, "cancelled"]
 
 
+def test_status_names_steps_that_a_cancel_kept_from_starting(
+    kfp_server: Any, no_kube: None
+) -> None:
+    run = kfp_server.replay("cancelled")
+    lines = [line.split() for line in tuneline("status", run["run_id"]).output.splitlines()]
+    assert ["after", "not", "started"] in lines
+    (driver,) = (
+        each for each in run["run_details"]["task_details"] if each["display_name"] == "bye-driver"
+    )
+    driver |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+    lines = [line.split() for line in tuneline("status", run["run_id"]).output.splitlines()]
+    assert ["after", "not", "started"] in lines and ["bye", "not", "started"] in lines
+
+
 @pytest.mark.parametrize("version", ["v1alpha1", "v2beta1"])
 def test_archived_logs_by_the_names_of_steps(kfp_server: Any, no_kube: None, version: str) -> None:
     run = kfp_server.replay("demo-running")
