@@ -37,7 +37,7 @@ def write_gguf(path: Path, *, model: str, pre: str | None, adds_bos: bool | None
         writer.add_tokenizer_pre(pre)
     if adds_bos is not None:
         writer.add_add_bos_token(adds_bos)
-    if model == "llama":
+    if model in ("llama", "gemma4"):
         writer.add_token_list(PIECES)
         writer.add_token_scores([-float(index) for index in range(len(PIECES))])
         writer.add_token_types([2, 3, 3, 4, *(1 for _ in PIECES[4:])])
@@ -80,6 +80,7 @@ def test_the_built_in_model_s_is_the_one_that_fetch_writes(
     [
         ("llama", None, None),
         ("llama", None, False),
+        ("gemma4", None, True),
         ("gpt2", "llama-bpe", True),
         ("gpt2", "qwen2", None),
         ("gpt2", "smollm", None),
@@ -102,7 +103,7 @@ def test_transformers_reads_the_same(
             text, add_special_tokens=False
         )
     adds = read.encode("ab") != read.encode("ab", add_special_tokens=False)
-    assert adds == (model == "llama" if adds_bos is None else adds_bos)
+    assert adds == {"llama": adds_bos is not False, "gemma4": False}.get(model, bool(adds_bos))
 
 
 def test_a_tokenizer_that_transformers_does_not_know(tmp_path: Path) -> None:

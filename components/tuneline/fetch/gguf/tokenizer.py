@@ -62,6 +62,9 @@ def read_tokenizer(path: Path) -> tuple[Any, int | None]:
         if stored["tokenizer_type"] == "llama":
             # Files older than this key are of models that begin every text with this token.
             settings.setdefault("add_bos_token", True)
+        elif stored["tokenizer_type"] == "gemma4":
+            # The file says that a text begins with this token, but the template writes it.
+            settings["add_bos_token"] = False
         backend, more = convert_gguf_tokenizer(architecture, stored)
         tokenizer = new(tokenizer_object=backend, **settings, **more)
     complete(tokenizer, header)
