@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests that load a model, interpret kernels, or start many processes and servers.
-HEAVY_FIXTURES = {"smollm2_dir"}
+HEAVY_FIXTURES = {"smollm2_dir", "tiny_model_dir"}
 HEAVY_PATHS = tuple(
     Path(__file__).parent / name
     for name in (
@@ -117,9 +117,9 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with two layers and SmolLM2's tokenizer, as the fetch step writes it."""
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", smollm2_dir)
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")

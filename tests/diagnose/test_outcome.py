@@ -6,6 +6,7 @@ import pytest
 from tests.support.kfp_runs import recorded
 
 from tuneline.diagnose.outcome import Outcome, conclude
+from tuneline.diagnose.text import attempts_table
 from tuneline.pods import STEP_LABEL
 from tuneline.runtime.kfp_run import read_attempts
 
@@ -134,3 +135,15 @@ def test_pods_that_are_gone_are_not_guessed() -> None:
     assert found.kind == "failed" and "its pod is gone" in found.cause
     assert conclude([], None, "COMPLETE").kind == "succeeded"
     assert conclude([], None, "RUNNING").kind == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("demo-cancelled-early", "| diagnose | not started | - |"),
+        ("probe-cancelled-in-quota", "| work | not started | - |"),
+        ("probe-cancelled", "| work | failed | 2 min 02 s |"),
+    ],
+)
+def test_a_step_that_a_cancel_kept_from_starting_took_no_time(name: str, row: str) -> None:
+    assert row in attempts_table(read_attempts(*recorded(name)))

@@ -83,3 +83,15 @@ def test_task_files_that_lm_eval_would_choke_on(
     config = EvaluateConfig(tasks=("boolq_ko",), task_dir=str(task_dir))
     with pytest.raises(TaskError, match=says):
         collect(config, questions_path=str(tmp_path / "questions.jsonl"))
+
+
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_a_link_out_of_the_directory_of_tasks(
+    is_directory: bool, task_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "utils.py").write_text("raise SystemExit")
+    (task_dir / "utils.py").symlink_to(elsewhere if is_directory else elsewhere / "utils.py")
+    config = EvaluateConfig(tasks=("boolq_ko",), task_dir=str(task_dir))
+    with pytest.raises(TaskError, match=rf"utils\.py is a link that leads out of {task_dir}, to"):
+        collect(config, questions_path=str(tmp_path / "questions.jsonl"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneline.errors import ModelError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.gguf_rope import read_scaling
+from tuneline.fetch.gguf.rope import read_scaling
 from tuneline.fetch.run import run
 from tuneline.quantize.gguf import converter
 

@@ -12,7 +12,8 @@ import pytest
 
 from tuneline.errors import ModelError
 from tuneline.fetch import FetchConfig
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.early import check
+from tuneline.fetch.gguf.header import check_header
 from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.run import run
 from tuneline.fetch.trial import try_tokenizer
@@ -159,14 +160,35 @@ def test_a_header_of_a_size_that_no_model_has_is_not_read(
         read_header(path, "mine")
 
 
-def test_a_link_out_of_a_model_is_not_followed(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["LICENSE", "model.safetensors"])
+def test_a_link_out_of_a_model_is_not_followed(
+    name: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
-    (tmp_path / "secret").write_text("the key")
-    (model / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match="LICENSE is a link that leads out of the model's direct"):
+    shutil.copy(tiny_model_dir / "model.safetensors", tmp_path / "secret")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(tmp_path / "secret")
+    said = rf"{name} is a link that leads out of {model}, to {tmp_path / 'secret'}\."
+    with pytest.raises(ModelError, match=said):
+        check(FetchConfig(), source=str(model))
+    with pytest.raises(ModelError, match=said):
         run(FetchConfig(), source=str(model), base_model_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_may_be_named_by_a_link_and_link_within_itself(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "model.safetensors").rename(model / "weights")
+    (model / "model.safetensors").symlink_to("weights")
+    (tmp_path / "named").symlink_to(model)
+    origin = run(
+        FetchConfig(), source=str(tmp_path / "named"), base_model_dir=str(tmp_path / "out")
+    )
+    assert origin.num_bytes == (model / "weights").stat().st_size
 
 
 def test_a_snapshot_of_the_hubs_cache_is_made_of_links(
@@ -184,7 +206,7 @@ def test_a_snapshot_of_the_hubs_cache_is_made_of_links(
     # Whoever names a directory "snapshots" gets no further than to such blobs.
     (tmp_path / "models--a--b" / "id_rsa").write_text("the key")
     (snapshot / "LICENSE").symlink_to("../../id_rsa")
-    with pytest.raises(ModelError, match="LICENSE is a link that leads out of the model's direct"):
+    with pytest.raises(ModelError, match=r"LICENSE is a link that leads out of \S+, to \S+"):
         run(FetchConfig(), source=str(snapshot), base_model_dir=str(tmp_path / "second"))
 
 
@@ -226,7 +248,7 @@ def test_links_out_of_the_directory_of_templates(model: Path, tmp_path: Path) ->
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "key.jinja").write_text("the key")
     (model / "additional_chat_templates").symlink_to(tmp_path / "secrets")
-    assert "key.jinja is a link that leads out of the model's directory" in refusal(model)
+    assert f"key.jinja is a link that leads out of {model}, to {tmp_path}" in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +432,7 @@ def test_a_tokenizer_that_ignores_case_and_lacks_words_is_none_of_these(tmp_path
 def test_a_tokenizer_that_changes_when_it_is_written(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from tuneline.fetch.gguf import check_reloaded
+    from tuneline.fetch.gguf.convert import check_reloaded
 
     read = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer())
     read.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from tuneline.errors import ModelError
 from tuneline.fetch import directory
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.gguf.header import check_header
 from tuneline.fetch.model_card import licence_of, made_from
 from tuneline.fetch.weight_headers import read_header, read_headers
 

@@ -14,6 +14,9 @@ from tuneline.models.clusters import clusters_of, normalised
         ("Who is Ann\u2019s \u201cboss\u201d\u2026", 'who is Ann\'s "boss"'),
         ("Don\u02bct add \u22125 and 1\u202f000.", "Don`t add -5 and 1,000."),
         ("Add \u0663\u066b\u0665 and 2\u20133.", "add 3.5 and 2-3"),
+        ("AT&amp;T isn&#39;t &lt; 5&nbsp;000?", "AT&T isn't < 5,000"),
+        ("Is &amp;amp;lt; a &quot;tag&quot;&hellip;", "is < a 'tag'"),
+        ("Sum 10 000 and 100 200 300.", "sum 10,000 and 100 200 300"),
         ("A da\u00adta\u200bba\u034fse\ufe0f\U000e0100 of \u202ait\x00", "a database of it"),
     ],
 )
@@ -23,7 +26,14 @@ def test_questions_that_are_the_same(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("1.5 cores", "15 cores"), ("3 + 4", "3 - 4"), ("Is a < b?", "Is a > b?"), ("?", "!")],
+    [
+        ("1.5 cores", "15 cores"),
+        ("3 + 4", "3 - 4"),
+        ("Is a < b?", "Is a > b?"),
+        ("?", "!"),
+        ("Is a &lt; b?", "Is a &gt; b?"),
+        ("Sort 100 200 300", "Sort 100 200300"),
+    ],
 )
 def test_questions_that_are_not(one: str, other: str) -> None:
     assert normalised(one) != normalised(other)

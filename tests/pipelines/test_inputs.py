@@ -107,6 +107,25 @@ def test_small_files_are_sent_and_read_as_before(here: Path, tmp_path: Path) -> 
         read_rows("upload:0-rows.jsonl")
 
 
+def test_links_within_a_directory_are_sent_and_those_out_of_it_refused(
+    here: Path, tmp_path: Path
+) -> None:
+    (here / "data" / "more").symlink_to(".shared")
+    (here / "data" / ".shared").mkdir()
+    write_jsonl(here / "data" / ".shared" / "train-2.jsonl", rows(7))
+    upload = prepare_upload(recipe(dataset="data"))
+    assert upload.archive is not None
+    unpack(upload.archive, tmp_path / "received")
+    names = sorted(path.name for path in (tmp_path / "received").rglob("*.jsonl"))
+    assert names == ["test.jsonl", "train-2.jsonl", "train.jsonl"]
+    (here / "data" / "key.jsonl").symlink_to(here / "rows.jsonl")
+    for source in ("data", "data/*.jsonl"):
+        with pytest.raises(
+            DataError, match=r"data/key\.jsonl is a link that leads out of data, to"
+        ):
+            prepare_upload(recipe(dataset=source))
+
+
 def test_an_archive_is_the_same_on_the_same_day(here: Path) -> None:
     first = pack({"a": here / "rows.jsonl"})
     os.utime(here / "rows.jsonl", (86_400, 86_400))

@@ -18,8 +18,10 @@ from tuneline.pipelines import step_logs
 from tuneline.pipelines.cli.main import app
 from tuneline.pipelines.kfp_client import runs
 from tuneline.pipelines.kfp_client.connection import connect
+from tuneline.pipelines.kfp_client.progress import Progress
 from tuneline.pipelines.kube import Kube
-from tuneline.pipelines.run_view import view
+from tuneline.pipelines.run_view import joined, view
+from tuneline.runtime.kfp_run import Attempt
 
 GPTQ = "tuneline-demo-sz7cb-metadata-0-2-retry-system-container-impl-673383166"
 BASE = "tuneline-demo-sz7cb-metadata-0-2-retry-system-container-impl-173275339"
@@ -72,6 +74,27 @@ def test_the_list_names_a_cancelled_run(kfp_server: Any, no_kube: None) -> None:
     run["display_name"] = name = "e2e-fin2-schedule-110824286xb6-18-3860792278"
     (line,) = (line for line in tuneline("status").output.splitlines() if run["run_id"] in line)
     assert line.split()[:2] == [name, "cancelled"]
+
+
+def test_status_names_steps_that_a_cancel_kept_from_starting(
+    kfp_server: Any, no_kube: None
+) -> None:
+    run = kfp_server.replay("cancelled")
+    lines = [line.split() for line in tuneline("status", run["run_id"]).output.splitlines()]
+    assert ["after", "not", "started"] in lines
+    (driver,) = (
+        each for each in run["run_details"]["task_details"] if each["display_name"] == "bye-driver"
+    )
+    driver |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+    lines = [line.split() for line in tuneline("status", run["run_id"]).output.splitlines()]
+    assert ["after", "not", "started"] in lines and ["bye", "not", "started"] in lines
+
+
+def test_a_step_of_an_ended_run_waits_for_nothing() -> None:
+    driver = [Attempt(step="after", state="waiting", started="2026-11-27T11:01:30Z")]
+    for state in ("waiting", "not started"):
+        (after,) = joined([Progress("after", state)], driver, cancelled=True)
+        assert (after.state, after.seconds) == (state, None)
 
 
 @pytest.mark.parametrize("version", ["v1alpha1", "v2beta1"])

@@ -1,16 +1,17 @@
 """A random Llama with two layers and SmolLM2's tokenizer."""
 
 import json
-import shutil
 from pathlib import Path
 
 
-def write_tiny_llama(path: Path, smollm2_dir: Path, *, vocab_size: int | None = None) -> Path:
+def write_tiny_llama(path: Path, *, vocab_size: int | None = None) -> Path:
     """Write the model as the fetch step does.
+
+    The tokenizer is read from the header of SmolLM2's file: fetching the whole model takes 25 s.
+    tests/fetch/test_gguf_tokenizer.py holds its files against those of a fetch.
 
     Args:
         path: Directory to make.
-        smollm2_dir: Directory of SmolLM2, for its tokenizer.
         vocab_size: Keep the tokens below this ID, and the merges that make them. Loading and
             training are faster so; llama.cpp does not know the result, because it recognises a
             tokenizer by how it splits a text.
@@ -18,17 +19,19 @@ def write_tiny_llama(path: Path, smollm2_dir: Path, *, vocab_size: int | None = 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tuneline.record import hash_files
-    from tuneline.seals import sealed_json
+    from tuneline.artifacts import ModelOrigin, sha256_of
+    from tuneline.fetch import FetchConfig, builtin
+    from tuneline.fetch.gguf.tokenizer import read_tokenizer, save_tokenizer
 
-    shutil.copytree(smollm2_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
-    settings = json.loads((smollm2_dir / "config.json").read_text())
+    path.mkdir(parents=True)
+    tokenizer, context = read_tokenizer(builtin.locate("smollm2-135m"))
+    save_tokenizer(tokenizer, context, path)
     if vocab_size is not None:
         _cut(path / "tokenizer.json", vocab_size)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab_size or settings["vocab_size"],
+            vocab_size=vocab_size or len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
@@ -37,20 +40,21 @@ def write_tiny_llama(path: Path, smollm2_dir: Path, *, vocab_size: int | None = 
             head_dim=32,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
-            bos_token_id=settings.get("bos_token_id"),
-            eos_token_id=settings.get("eos_token_id"),
-            pad_token_id=settings.get("pad_token_id"),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
     model.save_pretrained(path)
-    origin = json.loads((path / "origin.json").read_text())
-    origin.update(
+    weights = path / "model.safetensors"
+    ModelOrigin(
         source="tiny",
+        licence="apache-2.0",
+        architecture="LlamaForCausalLM",
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_bytes=(path / "model.safetensors").stat().st_size,
-        files=hash_files(path, leave_out={"origin.json"}),
-    )
-    (path / "origin.json").write_text(sealed_json(origin))
+        num_bytes=weights.stat().st_size,
+        sha256=sha256_of([weights]),
+    ).write(path, FetchConfig())
     return path
 
 

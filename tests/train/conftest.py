@@ -28,9 +28,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a part of SmolLM2's tokens, which trains faster than with all."""
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", smollm2_dir, vocab_size=4096)
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", vocab_size=4096)
 
 
 @pytest.fixture

@@ -7,8 +7,14 @@ from tuneline.html.markdown import code_block, escape_markdown
 from tuneline.html.units import duration
 from tuneline.runtime.events import StepRun
 from tuneline.runtime.kfp_run import Attempt
+from tuneline.runtime.pod_ending import RUN_STOPPED
 
-_STATES = {"cached": "from the cache", "skipped": "not needed", "unknown": "no pod"}
+_NOT_STARTED = "not started"
+_STATES = {
+    **{"cached": "from the cache", "skipped": "not needed", "unknown": "no pod"},
+    # The exit handler writes the table when nothing else will start any more.
+    "waiting": _NOT_STARTED,
+}
 
 
 def paragraph(title: str, text: str) -> list[str]:
@@ -42,7 +48,9 @@ def attempts_table(attempts: Sequence[Attempt]) -> list[str]:
     rows = []
     for attempt in attempts:
         state: str = _STATES.get(attempt.state, attempt.state)
-        if attempt.reason and attempt.reason != "Error":
+        if attempt.reason == RUN_STOPPED:
+            state = _NOT_STARTED
+        elif attempt.reason and attempt.reason != "Error":
             state += f" ({attempt.reason})"
         elif attempt.ending is not None and attempt.ending.error:
             state += f" ({attempt.ending.error})"
@@ -63,7 +71,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _seconds(attempt: Attempt) -> float | None:
-    if attempt.state == "cached" or not attempt.started or not attempt.ended:
+    is_over = attempt.started and attempt.ended
+    if attempt.state == "cached" or attempt.reason == RUN_STOPPED or not is_over:
         return None
     started, ended = (datetime.fromisoformat(each) for each in (attempt.started, attempt.ended))
     return (ended - started).total_seconds()

@@ -14,6 +14,7 @@ from tuneline.bounded_yaml import check_yaml
 from tuneline.errors import DataError, HubError, TaskError
 from tuneline.evaluate import heldout
 from tuneline.runtime.retries import retrying
+from tuneline.runtime.source_names import check_link
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,11 @@ def _check_files(directory: Path) -> None:
     """Check the YAML files of a directory of tasks before lm-eval, which has no bounds, reads them.
 
     Raises:
-        TaskError: a file is not YAML or exceeds a bound.
+        TaskError: a file is not YAML or exceeds a bound, or a link leads out of the directory.
     """
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            check_link(path, directory, TaskError)
     # Some of lm-eval's own files end in _yaml; other files include them.
     for path in sorted(path for path in directory.rglob("*yaml") if path.is_file()):
         try:

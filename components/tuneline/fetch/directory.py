@@ -26,6 +26,7 @@ from tuneline.models.multimodal import loaded_part
 from tuneline.models.stored_quantisation import in_dtype
 from tuneline.models.tokenizer.files import TEMPLATES_DIR, copy_templates
 from tuneline.models.weight_files import INDEX_FILE, SINGLE_FILE
+from tuneline.runtime.source_names import check_link
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,6 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> Quantisatio
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.name in RECORD_FILES:
             continue
-        if file.suffix != ".safetensors":
-            _check_link(file, path)
         if file.suffix == ".safetensors":
             if file.name in weights and not converts:
                 _link(file, target / file.name)
@@ -97,8 +96,6 @@ def take(path: Path, target: Path, *, source: str, trusted: bool) -> Quantisatio
             continue
         elif not file.name.endswith((*_PICKLE_SUFFIXES, ".gguf")):
             shutil.copyfile(file, target / file.name)
-    for file in (path / TEMPLATES_DIR).glob("*"):
-        _check_link(file, path)
     copy_templates(path, target)
     if facts.quantisation is not None and converts:
         _dequantise(path, target, facts.quantisation, source)
@@ -118,21 +115,6 @@ def _dequantise(path: Path, target: Path, quantisation: Quantisation, source: st
     logger.info(
         "converted %d weights of %s from %s to bfloat16", num_converted, source, quantisation.name
     )
-
-
-def _check_link(file: Path, directory: Path) -> None:
-    """Refuse a file of a model's directory if a link leads out of the directory to it.
-
-    The snapshots of the Hub's cache consist of links to the blobs of the same repository.
-    """
-    roots = [directory]
-    if directory.parent.name == "snapshots":
-        roots.append(directory.parent.parent / "blobs")
-    if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
-        raise ModelError(
-            f"{file} is a link that leads out of the model's directory, to {file.resolve()}, and "
-            "would be copied into the published model. Remove the link, or put a copy in its place"
-        )
 
 
 def check(path: Path, *, source: str, trusted: bool) -> Facts:
@@ -160,6 +142,9 @@ def check(path: Path, *, source: str, trusted: bool) -> Facts:
             "to be tuned into a directory of its own: either without the adapter's files, or "
             "merged with the adapter"
         )
+    for file in (*sorted(path.iterdir()), *(path / TEMPLATES_DIR).glob("*")):
+        if file.is_file():
+            check_link(file, path, ModelError)
     weights = _weights(path, source)
     check_complete(weights, source)
     if not any(files <= names for files in _TOKENIZER_FILES):

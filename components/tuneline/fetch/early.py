@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tuneline.fetch import builtin, directory, gguf, hub
+from tuneline.fetch import builtin, directory, hub
 from tuneline.fetch.config import FetchConfig
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.gguf.header import check_header
 from tuneline.fetch.kinds import kind_of, path_of
 from tuneline.runtime.source_names import builtin_name
 
@@ -37,26 +37,33 @@ def check(config: FetchConfig, *, source: str) -> str:
             return f"{source} at {config.revision or 'main'} is commit {commit[:12]}"
 
 
-def tokenizer_of(config: FetchConfig, *, source: str, target: Path) -> Path:
-    """Return a directory with a model's tokenizer and config.
-
-    Args:
-        config: the `fetch` section of the recipe.
-        source: a Hub ID, a directory, a .gguf file or builtin:NAME.
-        target: an empty directory, which is used if the source is a GGUF file.
+def gguf_of(source: str) -> Path | None:
+    """Return the GGUF file that a source names; None if it names none.
 
     Raises:
-        ModelError: there is no such model or revision, or its tokenizer cannot be read.
-        HubError: the Hub could not be reached.
-        CredentialsError: the Hub requires a token with access.
+        ModelError: there is no such model, or its package is not installed.
     """
     match kind_of(source):
         case "builtin":
-            gguf.write_tokenizer(builtin.locate(builtin_name(source) or ""), target)
+            return builtin.locate(builtin_name(source) or "")
         case "gguf":
-            gguf.write_tokenizer(path_of(source), target)
-        case "directory":
             return path_of(source)
-        case "hub":
-            return hub.download_tokenizer(source, revision=config.revision)
-    return target
+        case _:
+            return None
+
+
+def tokenizer_of(config: FetchConfig, *, source: str) -> Path:
+    """Return a directory with the tokenizer and the config of a model that is no GGUF file.
+
+    Args:
+        config: the `fetch` section of the recipe.
+        source: a Hub ID or a directory.
+
+    Raises:
+        ModelError: there is no such model or revision.
+        HubError: the Hub could not be reached.
+        CredentialsError: the Hub requires a token with access.
+    """
+    if kind_of(source) == "directory":
+        return path_of(source)
+    return hub.download_tokenizer(source, revision=config.revision)

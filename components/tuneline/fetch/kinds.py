@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from tuneline.errors import ModelError
-from tuneline.fetch import builtin, directory, gguf, hub
+from tuneline.fetch import builtin, directory, hub
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.gguf.convert import convert
 from tuneline.fetch.model_card import licence_of
 from tuneline.fetch.quantised import Quantisation
 from tuneline.runtime.source_names import (
@@ -101,7 +102,7 @@ def _take_directory(
 
 
 def _take_gguf(source: str, target: Path, config: FetchConfig, version: str | None) -> Provenance:
-    return Provenance(gguf.convert(path_of(source), target))
+    return Provenance(convert(path_of(source), target))
 
 
 def _take_from_hub(

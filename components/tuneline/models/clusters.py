@@ -5,6 +5,7 @@ the passage gets all of its questions right. The gate resamples such clusters as
 """
 
 import hashlib
+import html
 import re
 import unicodedata
 import zlib
@@ -35,7 +36,7 @@ _INVISIBLE = (
 _ALIKE = {
     "'": "\u2018\u2019\u201b\u2032\u2035\u00b4\u02b9\u02bb\u02bc\u02bd\u055a\u05f3\ua78c",
     '"': "\u2033\u2036",
-    "-": "\u2010\u2011\u2012\u2013\u2212",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58",
     ",": "\u066c",
     ".": "\u066b",
     " ": "\u2800",
@@ -45,8 +46,14 @@ _STAND_INS = {letter: key for key, letters in _ALIKE.items() for letter in lette
 _STRANGE = re.compile(f"[{_INVISIBLE}{''.join(_STAND_INS)}]")
 _CONTROL = {number: None for number in range(128) if _STRANGE.match(chr(number))}
 _APOSTROPHE = re.compile(r"(?<=\w)`(?=\w)")
+_TEX_QUOTE = re.compile(r"(?<!`)``(?!`)")
 # The set comes before the condition on what is in front of it, because it is searched for fast.
 _SPACE_IN_NUMBER = re.compile(r"[\u00a0\u2009\u202f](?<=\d.)(?=\d{3}(?!\d))")
+_PLAIN_SPACE_IN_NUMBER = re.compile(r" (?<=\d )(?=\d{3}(?!\d))")
+# Three numbers of three digits, or more, are a list.
+_GROUPS = re.compile(r"(?<!\d)(?<!\d )(?:\d{1,2}(?: \d{3})+|\d{3} \d{3})(?! ?\d)")
+_MAX_ESCAPES = 4
+"""Number of times that a text may have been escaped for HTML one after another."""
 _MEANINGFUL = frozenset("-%&*/@#\\")
 """Signs that change the meaning of numbers and code, although Unicode calls them punctuation."""
 _FOREIGN_DIGIT = re.compile(r"[^\D0-9]")
@@ -133,17 +140,37 @@ def normalised(text: str) -> str:
 def unified(text: str) -> str:
     """Return a text in which characters that look alike are the same, and none is invisible.
 
-    Of the forms of apostrophes, hyphens, minus signs and digits one is left. A no-break space
-    between groups of digits becomes a comma.
+    Of the forms of apostrophes, quotes of TeX, dashes, minus signs and digits one is left. A space
+    between groups of digits becomes a comma. Characters that are escaped for HTML, such as &amp;
+    and &#39;, become what they stand for.
     """
+    if "&" in text:
+        text = _unescaped(text)
     if "`" in text:
-        text = _APOSTROPHE.sub("'", text)
+        text = _TEX_QUOTE.sub('"', _APOSTROPHE.sub("'", text))
     if text.isascii():
-        return text.translate(_CONTROL)
+        return _grouped(text.translate(_CONTROL))
     text = _SPACE_IN_NUMBER.sub(",", text)
     text = _STRANGE.sub(lambda found: _STAND_INS.get(found[0], ""), text)
     text = unicodedata.normalize("NFKC", text)
-    return _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.digit(found[0])), text)
+    return _grouped(_FOREIGN_DIGIT.sub(lambda found: str(unicodedata.digit(found[0])), text))
+
+
+def _unescaped(text: str) -> str:
+    """Return a text without HTML's escapes, also if they were escaped again (&amp;amp;)."""
+    for _ in range(_MAX_ESCAPES):
+        before, text = text, html.unescape(text)
+        if text == before:
+            break
+    return text
+
+
+def _grouped(text: str) -> str:
+    """Return a text with commas in place of plain spaces between the groups of digits."""
+    # Few texts have such a space, and `_GROUPS` alone takes five times as long to find that out.
+    if _PLAIN_SPACE_IN_NUMBER.search(text):
+        text = _GROUPS.sub(lambda found: found[0].replace(" ", ","), text)
+    return text
 
 
 def _is_punctuation(word: str) -> bool:

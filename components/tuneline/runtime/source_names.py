@@ -3,6 +3,10 @@
 `base_model` and `dataset` may be a path, the ID of a repository on the Hub, or `builtin:NAME`. A
 dataset may also be an address in a store (`s3://BUCKET/PATH`), a path on a claim
 (`claim:NAME/PATH`), or a file that `tuneline submit` sent with the run (`upload:NAME`).
+
+A path may be a link to any place. What is below a directory that a recipe names has to be in that
+directory: a link that leads out is refused by name (`check_link`), because the person who names a
+directory may not know the link, and its target would be learnt, sent or published.
 """
 
 import glob
@@ -10,7 +14,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from tuneline.errors import UserError
 
 _BUILTIN_PREFIX = "builtin:"
 _CLAIM_PREFIX = "claim:"
@@ -180,3 +187,30 @@ def path_on_claim(source: str) -> str:
     assert match is not None, source
     directory = claim_directory(match["name"])
     return f"{directory}/{match['path']}" if match["path"] else directory
+
+
+def check_link(path: Path, directory: Path, error: type[UserError]) -> None:
+    """Check that a file or directory below a directory is in it, and not behind a link out of it.
+
+    The snapshots of the Hub's cache consist of links to the blobs of the same repository, which
+    they may lead to.
+
+    Args:
+        path: the file or directory, which may be a link or behind one.
+        directory: the directory that the recipe names, or a part of it.
+        error: the class of the error to raise.
+
+    Raises:
+        UserError: the path leads out of the directory.
+    """
+    # Unlike Path.resolve, os.path.realpath accepts links that lead to themselves.
+    target, root = (Path(os.path.realpath(each)) for each in (path, directory))
+    roots = [root]
+    for above in (root, *root.parents):
+        if above.parent.name == "snapshots":
+            roots.append(Path(os.path.realpath(above.parent.parent / "blobs")))
+    if not any(target.is_relative_to(each) for each in roots):
+        raise error(
+            f"{path} is a link that leads out of {directory}, to {target}. Only what is in a "
+            "directory is read or copied: put a copy in the link's place, or remove the link"
+        )

@@ -7,13 +7,13 @@ recipe names one.
 """
 
 import glob
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.errors import DataError, RecipeError
 from tuneline.html.units import size
 from tuneline.pods import CACHE_PATH
+from tuneline.prepare.sources.local import files_below, matching_files
 from tuneline.prepare.uploads import MAX_CHARACTERS, pack
 from tuneline.recipe import Recipe
 from tuneline.runtime.source_names import (
@@ -119,10 +119,9 @@ def prepare_upload(recipe: Recipe) -> Upload:
     names: dict[str, str] = {}
     files: dict[str, Path] = {}
     for number, source in enumerate(sources):
-        paths = _paths(source)
-        if not paths:
+        if not _paths(source):
             raise DataError(f"there is no file or directory {source}")
-        names[source] = _add(source, paths, files, f"{number}-" if len(sources) > 1 else "")
+        names[source] = _add(source, files, f"{number}-" if len(sources) > 1 else "")
     num_bytes = sum(path.stat().st_size for path in files.values())
     listed = ", ".join(sources)
     if num_bytes > MAX_FILE_BYTES:
@@ -150,7 +149,7 @@ def _paths(source: str) -> list[Path]:
     return []
 
 
-def _add(source: str, paths: Sequence[Path], files: dict[str, Path], prefix: str) -> str:
+def _add(source: str, files: dict[str, Path], prefix: str) -> str:
     """Add the files of a source to those that are sent; return the name that it has there."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -158,12 +157,12 @@ def _add(source: str, paths: Sequence[Path], files: dict[str, Path], prefix: str
         return f"{UPLOAD_PREFIX}{prefix}{path.name}"
     if path.is_dir():
         root = path
-        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        found = sorted(files_below(path))
         name = f"{prefix}{path.resolve().name}"
         whole = name
     else:
         root = Path(fixed_part(str(path)))
-        found = [file for file in paths if file.is_file()]
+        found = matching_files(str(path))
         name = f"{prefix}{root.resolve().name or 'files'}"
         whole = f"{name}/{path.relative_to(root).as_posix()}"
     for file in found:

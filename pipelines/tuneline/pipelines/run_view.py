@@ -12,6 +12,7 @@ from typing import Any
 
 from tuneline.errors import ClusterError, CredentialsError, StoppedError, UserError
 from tuneline.pipelines.kfp_client.progress import (
+    UNTIMED,
     Progress,
     State,
     in_order,
@@ -145,10 +146,13 @@ def _join(step: Progress, seen: list[Attempt], cancelled: bool) -> Progress:
     # A step that failed by itself before the run was cancelled has left its own error.
     if state == "failed" and (step.state == "cancelled" or cancelled) and kind in ("", STOPPED):
         state = "cancelled"
+    if state == "waiting" and step.state == "not started":
+        # Kubernetes keeps the driver's pod, but not that the run has ended.
+        state = step.state
     # A step that waits may have a reason without a pod: a quota that refuses the pod.
     attempts = attempts if attempts or not last.reason else [last]
     started = next((each.started for each in seen if each.started), "")
-    if state in ("waiting", "skipped") or not started:
+    if state in UNTIMED or not started:
         return replace(step, state=state, attempts=tuple(attempts))
     return Progress(step.name, state, tuple(attempts), _time(started), _time(last.ended))
 

@@ -78,13 +78,35 @@ def test_a_line_from_the_cache(kfp_server: Any) -> None:
 def test_a_failed_run(kfp_server: Any) -> None:
     run, steps = steps_of(kfp_server, "failed")
     assert state_of(run) == "failed"
-    assert states(steps) == {"sleeper": "failed", "bye": "succeeded", "after": "skipped"}
+    assert states(steps) == {"sleeper": "failed", "bye": "succeeded", "after": "not started"}
 
 
 def test_a_cancelled_run_is_not_called_failed(kfp_server: Any) -> None:
     run, steps = steps_of(kfp_server, "cancelled")
     assert (run.state, state_of(run)) == ("FAILED", "cancelled")
-    assert states(steps)["sleeper"] == "cancelled"
+    assert states(steps) == {"sleeper": "cancelled", "bye": "cancelled", "after": "not started"}
+    (after,) = (step for step in steps if step.name == "after")
+    assert (after.seconds, after.attempts) == (None, ())
+
+
+def test_steps_that_kfp_left_as_they_were_when_the_run_was_cancelled(kfp_server: Any) -> None:
+    details = kfp_server.replay("cancelled")["run_details"]
+    for task in details["task_details"]:
+        # The exit handler was given up: KFP has its end, but not that of its pod.
+        if task["display_name"] in ("bye-driver", "bye-driver(0)"):
+            task |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+    run, steps = steps_of(kfp_server, "cancelled", run_details=details)
+    assert not progress.is_frozen(run)
+    assert states(steps) == {"sleeper": "cancelled", "bye": "not started", "after": "not started"}
+    assert [step.seconds is None for step in steps] == [False, True, True]
+    # What was recorded before the cancel says nothing about the rest.
+    early = [task for task in details["task_details"] if task["start_time"] < "2026-11-27T11:01"]
+    for task in early:
+        if task["state"] == "FAILED":
+            task |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+    run, steps = steps_of(kfp_server, "cancelled", run_details={"task_details": early})
+    assert progress.is_frozen(run)
+    assert states(steps) == dict.fromkeys(("sleeper", "bye", "after"), "unknown")
 
 
 def test_a_pod_that_was_deleted_is_an_attempt(kfp_server: Any) -> None:
@@ -173,7 +195,7 @@ def test_a_controller_that_adds_no_retries(kfp_server: Any, ran: bool) -> None:
     ]
     _, steps = steps_of(kfp_server, "failed", run_details={"task_details": tasks})
     state = "succeeded" if ran else "from cache"
-    assert states(steps) == {"sleeper": state, "after": state, "bye": "skipped"}
+    assert states(steps) == {"sleeper": state, "after": state, "bye": "not started"}
     assert [len(step.attempts) for step in steps] == [ran, ran, 0]
     if ran:
         assert steps[1].attempts[0].pod.startswith("w-system-container-impl-")

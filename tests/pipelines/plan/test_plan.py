@@ -5,7 +5,17 @@ import sys
 from typing import Any
 
 import pytest
-from plan_cases import LLAMA, facts_of, llama_8b, look, recipe, verdicts
+from plan_cases import (
+    LLAMA,
+    attention,
+    ends,
+    facts_of,
+    llama_8b,
+    look,
+    mlp,
+    recipe,
+    verdicts,
+)
 
 from tuneline.artifacts import DatasetManifest
 from tuneline.errors import RecipeError
@@ -308,6 +318,37 @@ def test_host_memory_is_what_the_steps_took() -> None:
     ), LLAMA)  # fmt: skip
     assert {each.step for each in on_cpu} == {*found, "quantize-gptq", "evaluate"}
     assert min(each.own_bytes for each in on_cpu[2:]) > 4 * LLAMA
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "vocab", "tied", "gib"),
+    [
+        (4, 32768, False, 1.33),
+        (12, 32768, False, 1.35),
+        (2, 131072, False, 3.58),
+        (2, 131072, True, 2.58),
+    ],
+)
+def test_an_fp8_export_on_a_cpu_takes_what_is_not_in_fp8(
+    num_layers: int, vocab: int, tied: bool, gib: float
+) -> None:
+    # tests/measure/proof_memory.py --steps fp8 --hidden 2048 --prompts 2: anonymous memory.
+    config = {
+        **{"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": num_layers},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 7168},
+        **{"vocab_size": vocab, "tie_word_embeddings": tied},
+    }
+    shapes = ends(2048, vocab)
+    for layer in range(num_layers):
+        shapes |= attention(layer, 2048, 2048, 512)
+        shapes |= mlp(f"model.layers.{layer}.mlp", 2048, 7168)
+    facts = facts_of(config, shapes)
+    loaded = recipe("quantize.num_proof_prompts=2", "quantize.fp8=[fp8]", profile="local")
+    loaded = loaded.model_copy(update={"placement": PlacementConfig()})
+    steps = {each.step: each for each in host_memory(loaded, facts.num_parameters, facts)}
+    assert steps["quantize-fp8"].own_bytes / GIB == pytest.approx(gib, rel=0.06)
+    assert steps["quantize-fp8"].mapped_bytes == 2 * facts.num_parameters
+    assert steps["evaluate"].own_bytes > 4 * facts.num_parameters
 
 
 @pytest.mark.parametrize(

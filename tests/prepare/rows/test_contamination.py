@@ -61,6 +61,32 @@ def test_a_question_is_found_by_half_of_its_ngrams_or_as_a_whole(
     assert done["task"].num_found == 0
 
 
+PLAIN = 'Is it R&D if Ann\'s "lab" spent 5,000 - 2 in 2019-2020?'
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "Is it R&amp;D if Ann&#39;s &quot;lab&quot; spent 5,000 - 2 in 2019-2020?",
+        "Is it R&amp;amp;D if Ann&amp;#x27;s &ldquo;lab&rdquo; spent 5,000 - 2 in 2019&ndash;2020?",
+        "Is&nbsp;it R&D if Ann&apos;s \u00ablab\u00bb spent 5&nbsp;000 \u2014 2 in 2019\u20142020?",
+        "Is\u00a0it R&D if Ann\u2019s \u201elab\u201c spent 5\u00a0000 \u2013 2 in 2019\u20112020?",
+        "Is it R\uff06D if Ann`s ``lab'' spent 5 000 &minus; 2 in 2019\u20132020\u2026?",
+    ],
+)
+@pytest.mark.parametrize("as_answered", [True, False])
+def test_a_short_question_is_found_however_it_is_written(
+    written: str, as_answered: bool, tmp_path: Path
+) -> None:
+    others = [(prose(50 + n, 60), prose(90 + n, 20)) for n in range(20)]
+    for asked, trained in ((PLAIN, written), (written, PLAIN)):
+        # As the last question of a row, or with its answer somewhere within a text.
+        row = ("Read on.", f"{trained} Yes, so say it all.") if as_answered else (trained, "No.")
+        question = Question("task", asked, "Yes, so say it all")
+        done = search([question], [row, *others], tmp_path, [True] * 21)
+        assert done["task"].num_found == 1, (asked, trained)
+
+
 def test_a_short_question_is_searched_for_with_its_answer(tmp_path: Path) -> None:
     question = Question("task", "Who wrote the letter?", "Kim wrote it in the spring of 1950")
     text = "They asked who wrote the letter. Kim wrote it in the spring of 1950, they say."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -236,15 +237,58 @@ def test_arrow_and_feather_files(tmp_path: Path) -> None:
         read(tmp_path / "b.arrow")
 
 
-def test_links(tmp_path: Path) -> None:
-    write(tmp_path / "real", "a.jsonl")
+def test_links_within_a_directory_are_followed_once(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "linked").symlink_to(tmp_path / "real")
+    write(folder / "..real", "a.jsonl")
+    (folder / "linked").symlink_to("..real")
     (folder / "again").symlink_to(folder)
-    (folder / "self.jsonl").symlink_to("self.jsonl")
-    (folder / "b.jsonl").symlink_to(tmp_path / "real" / "a.jsonl")
-    assert read(folder) == ["a.jsonl", "a.jsonl"]
+    (folder / "b.jsonl").symlink_to(folder / "linked" / "a.jsonl")
+    # A file that an editor has locked, and a cache: nobody reads what is hidden.
+    (folder / ".#a.jsonl").symlink_to("someone@host.1234")
+    (folder / ".cache").symlink_to(tmp_path)
+    # The directory itself may be a link.
+    (tmp_path / "named").symlink_to(folder)
+    for name in (folder, tmp_path / "named"):
+        assert read(name) == ["a.jsonl", "a.jsonl"]
+        assert read(f"{name}/*.jsonl") == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "sub", "sub/b.jsonl"])
+def test_a_link_out_of_a_directory_is_refused(name: str, tmp_path: Path) -> None:
+    folder, real = tmp_path / "data", tmp_path / "real"
+    write(folder, "a.jsonl")
+    write(real, "a.jsonl")
+    (folder / name).parent.mkdir(exist_ok=True)
+    target = real / "a.jsonl" if name.endswith(".jsonl") else real
+    (folder / name).symlink_to(target)
+    said = f"{folder / name} is a link that leads out of {folder}, to {target}. Only what is in a"
+    with pytest.raises(DataError, match=re.escape(said)):
+        read(folder)
+    with pytest.raises(DataError, match=r"b?a?\.jsonl is a link that leads out of .*/data, to"):
+        read(f"{folder}/**/*.jsonl")
+    # A path that is named as a whole may be a link.
+    assert read(folder / name) == ["a.jsonl"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "self.jsonl").symlink_to("self.jsonl")
+    with pytest.raises(DataError, match=r"self\.jsonl is a link to self\.jsonl, which does not"):
+        read(tmp_path)
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    repository = tmp_path / "datasets--a--b"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    (snapshot / "data").mkdir(parents=True)
+    write(repository / "blobs", "a.jsonl")
+    (snapshot / "data" / "train.jsonl").symlink_to("../../../blobs/a.jsonl")
+    assert read(snapshot) == read(snapshot / "data") == ["a.jsonl"]
+    assert read(f"{snapshot}/data/*.jsonl") == ["a.jsonl"]
+    write(repository, "key.jsonl")
+    (snapshot / "data" / "key.jsonl").symlink_to("../../../key.jsonl")
+    with pytest.raises(DataError, match=r"key\.jsonl is a link that leads out of"):
+        read(snapshot)
 
 
 def test_very_many_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The words of a text, without what a copy may change: case, white space, punctuation, width."""
+"""The words of a text, without what a copy may change: case, white space, punctuation, escapes."""
 
 import os
 import re

@@ -21,6 +21,7 @@ from tuneline.prepare.sources.described import (
     saved_splits,
 )
 from tuneline.prepare.sources.files import can_read, supported_types
+from tuneline.prepare.sources.local import is_hidden
 from tuneline.prepare.sources.row import DEFAULT_SPLIT, Remarks, Selection
 from tuneline.prepare.sources.split_names import (
     Splits,
@@ -52,7 +53,7 @@ def choose(
         )
     if listing.is_file:
         return _only_file(source, listing.files[0], selection)
-    visible = [file for file in listing.files if not _is_hidden(file.name)]
+    visible = [file for file in listing.files if not is_hidden(file.name)]
     if listing.is_directory:
         is_clone = len(visible) < len(listing.files) and _is_clone(listing.files)
         splits, others = _splits_of_directory(source, visible, selection, is_clone=is_clone)
@@ -163,8 +164,3 @@ def _name_unreadable(
 def _files(files: list[StoredFile]) -> str:
     names = ", ".join(file.name for file in files[:2])
     return f"{names} and {len(files) - 2} more" if len(files) > 2 else names
-
-
-def _is_hidden(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return any(part.startswith((".", "__")) for part in parts)

@@ -5,13 +5,11 @@ this machine is read without fsspec.
 """
 
 import email.utils
-import glob
 import io
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -22,6 +20,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.utils import glob_translate
 
 from tuneline.errors import DataError
+from tuneline.prepare.sources.local import files_below, matching_files
 from tuneline.runtime.retries import Retries
 from tuneline.runtime.source_names import (
     fixed_part,
@@ -103,30 +102,13 @@ def _list_local(source: str) -> Listing:
     if path.is_file():
         return Listing([_local_file(path.name, str(path))], False, True)
     if path.is_dir():
-        names = sorted(os.path.relpath(name, path) for name in _walk(str(path)))
+        names = sorted(str(file.relative_to(path)) for file in files_below(path))
         return Listing([_local_file(name, str(path / name)) for name in names], True, False)
     if not has_magic(source):
         raise DataError(f"there is no file or directory {source}")
     fixed = fixed_part(str(path))
-    found = [name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
-    names = sorted(os.path.relpath(name, fixed or ".") for name in found)
+    names = sorted(os.path.relpath(file, fixed or ".") for file in matching_files(str(path)))
     return Listing([_local_file(name, os.path.join(fixed, name)) for name in names], False, False)
-
-
-def _walk(root: str) -> Iterator[str]:
-    """Yield the files below a directory; a directory that links lead to twice is read once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        identity = os.stat(folder)
-        if (identity.st_dev, identity.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        folders.sort()
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                yield path
 
 
 def _local_file(name: str, path: str) -> StoredFile:

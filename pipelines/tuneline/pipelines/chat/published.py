@@ -6,7 +6,7 @@ The sampling is in generation_config.json, and a GGUF file repeats it in its met
 import logging
 from typing import Any
 
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.gguf.header import check_header
 from tuneline.models.context import MAX_CONTEXT, context_length
 from tuneline.models.sampling import Sampling, published_sampling, read_settings
 from tuneline.pipelines.chat.subject import ModelFiles

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tuneline.artifacts import MergeProof, ModelOrigin, QuantizedModel
 from tuneline.errors import ModelError, UserError
-from tuneline.fetch.gguf_header import check_header
+from tuneline.fetch.gguf.header import check_header
 from tuneline.kinds import KINDS
 from tuneline.models.stored_quantisation import quantization_in
 from tuneline.pipelines.local.run_dir import RECIPE_FILE, LocalRun, find_local_run, local_runs

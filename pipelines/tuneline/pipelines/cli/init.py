@@ -13,6 +13,7 @@ from tuneline.pipelines.cli.options import SetOption
 from tuneline.pipelines.cli.run import PANEL
 from tuneline.pipelines.cli.terminal import say
 from tuneline.pipelines.init.machine import node_of, this_machine
+from tuneline.runtime.torch_free import hide_torch
 
 app = typer.Typer()
 
@@ -71,6 +72,7 @@ def init(
         given["prepare.columns"] = _parse_columns(columns)
     machine = this_machine() if profile is None else node_of(profile)
     say(f"machine: {machine}")
+    hide_torch()  # Before the next imports, which import transformers.
     # Imported here only, because transformers and pyarrow take seconds.
     from tuneline.pipelines.init.write import init as write_recipe
     from tuneline.pipelines.init.write import output_for

@@ -2,17 +2,16 @@
 
 import contextlib
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tuneline.dataset_record import LengthStatistics
 from tuneline.errors import CredentialsError, DataError, HubError, ModelError
 from tuneline.fetch import builtin, early
 from tuneline.fetch.config import FetchConfig
+from tuneline.fetch.gguf.tokenizer import read_tokenizer
 from tuneline.pipelines.init.machine import Machine
 from tuneline.pipelines.init.rows import Rows, texts_of
 from tuneline.pipelines.init.scripts import LATIN, WORDY
@@ -38,7 +37,7 @@ _NUM_MEASURED, _CHARACTERS_MEASURED = 1000, 4_000_000
 _LETTERS_PER_TOKEN = 4
 _TOKENS_PER_TEMPLATE = 16
 _LONGEST = 1 << 15
-"""Longest estimated context in tokens, if the model's is not known."""
+"""Longest context in tokens that is proposed if the model's is not known."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,22 @@ def measure(base: Base, rows: Rows, config: PrepareConfig) -> Lengths:
     """
     examples = _sample(rows.examples)
     if base.is_reachable:
-        with tempfile.TemporaryDirectory() as work, contextlib.suppress(HubError, ModelError):
-            path = early.tokenizer_of(FetchConfig(), source=base.source, target=Path(work))
-            tokenizer, longest = load_tokenizer(str(path))
+        with contextlib.suppress(HubError, ModelError):
+            tokenizer, longest = _tokenizer_of(base.source)
             return _measured(base, tokenizer, longest, examples, config)
     statistics = lengths.statistics([_estimate(example) for example in examples])
     template = config.template if "template" in config.model_fields_set else OWN_TEMPLATE
     recommended = lengths.recommend(statistics, _LONGEST)
     return Lengths(statistics, recommended, template, True)
+
+
+def _tokenizer_of(source: str) -> tuple[Any, int]:
+    """Return the tokenizer of a base model, and the largest number of tokens in its context."""
+    file = early.gguf_of(source)
+    if file is None:
+        return load_tokenizer(str(early.tokenizer_of(FetchConfig(), source=source)))
+    tokenizer, longest = read_tokenizer(file)
+    return tokenizer, longest or _LONGEST
 
 
 def _sample(examples: list[Example]) -> list[Example]:

@@ -15,8 +15,20 @@ from tuneline.pipelines.kfp_client.nodes import Node, Nodes, pod_name
 from tuneline.runtime.kfp_run import DRIVER_FAILED, Attempt
 
 State = Literal[
-    "waiting", "running", "succeeded", "from cache", "failed", "skipped", "cancelled", "unknown"
+    "waiting",
+    "running",
+    "succeeded",
+    "from cache",
+    "failed",
+    "cancelled",
+    "skipped",
+    "not started",
+    "unknown",
 ]
+"""State of a step. skipped: its condition was false. not started: what it depends on failed, or the
+run was cancelled before. unknown: KFP stopped recording before the step ended."""
+UNTIMED = ("waiting", "skipped", "not started")
+"""States of steps that took no time."""
 
 ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 """States of a run that has ended."""
@@ -94,9 +106,17 @@ def cancelled_at(run: Any) -> datetime.datetime | None:
 
 
 def is_frozen(run: Any) -> bool:
-    """Return whether KFP stopped recording the steps of a run before it ended."""
+    """Return whether KFP stopped recording the steps of a run before it ended.
+
+    If a run was cancelled, steps may stay as they were although KFP went on: what it recorded after
+    the cancel tells.
+    """
     tasks = (run.run_details and run.run_details.task_details) or []
-    return run.state in ENDED and any(task.state in ("RUNNING", "PENDING") for task in tasks)
+    if run.state not in ENDED or not any(task.state in ("RUNNING", "PENDING") for task in tasks):
+        return False
+    stop = cancelled_at(run)
+    times = (time for task in tasks for time in (task.start_time, task.end_time) if time)
+    return stop is None or not any(time >= stop for time in times)
 
 
 def _resumed_at(run: Any) -> datetime.datetime | None:
@@ -139,7 +159,7 @@ class _Reader:
         state = self._state(step, task, pods)
         attempts = self._attempts(step, pods, state)
         end_is_unknown = self.is_frozen and task is not None and _end_of(task) is None
-        if state in ("waiting", "skipped") or task is None or end_is_unknown:
+        if state in UNTIMED or task is None or end_is_unknown:
             return Progress(step.name, state, attempts)
         return Progress(step.name, state, attempts, task.start_time, _end_of(task))
 
@@ -149,8 +169,10 @@ class _Reader:
             return self._frozen(step)
         groups = [self.nodes.find(step.path[:length]) for length in range(1, len(step.path))]
         tasks = [self.nodes.task(found[-1]) for found in groups if found]
-        omitted = any(task is not None and task.state in (None, SKIPPED) for task in tasks)
-        return "skipped" if self.has_ended or omitted else "waiting"
+        states = [task.state for task in tasks if task is not None]
+        if SKIPPED in states or self.run_succeeded:
+            return "skipped"
+        return "not started" if self.has_ended or None in states else "waiting"
 
     def _frozen(self, step: PipelineStep) -> State:
         """Return the state of a step whose end was not recorded."""
@@ -193,18 +215,22 @@ class _Reader:
         return [] if states <= {SKIPPED} else [executor]
 
     def _state(self, step: PipelineStep, task: Any, pods: list[Node]) -> State:
+        if task is not None and task.state is None:
+            # Argo omits what depends on a failed step; KFP has no state for that.
+            return "not started"
         if self.is_frozen and (task is None or task.state not in (SUCCEEDED, SKIPPED, *FAILED)):
             return self._frozen(step)
-        if task is None or task.state in (None, SKIPPED):
-            # Argo omits what depends on a failed step; KFP has no state for that.
-            return "skipped" if self.has_ended or task is not None else "waiting"
+        if task is None:
+            return "not started" if self.has_ended else "waiting"
+        if task.state == SKIPPED:
+            return "skipped"
         if task.state == SUCCEEDED:
             return "succeeded" if pods else "from cache"
         if task.state in FAILED:
             return self._failed(task)
         if not pods or self.nodes.states_at(pods[-1], task.start_time) == {"PENDING"}:
-            return "waiting"
-        return "running"
+            return "not started" if self.has_ended else "waiting"
+        return "cancelled" if self.has_ended else "running"
 
     def _failed(self, task: Any) -> State:
         end = _end_of(task)

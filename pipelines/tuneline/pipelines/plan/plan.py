@@ -97,7 +97,7 @@ def plan(
     else:
         price = recipe.train.price_per_hour if price_per_gpu_hour is None else price_per_gpu_hour
         checks += _resources(recipe, estimate(recipe, num_parameters, facts), price, facts)
-        checks += _host_memory(recipe, num_parameters, has_pods=kube is not None)
+        checks += _host_memory(recipe, num_parameters, facts, has_pods=kube is not None)
         if uploads_to_s3:
             checks += check_files(recipe, num_parameters, has_pods=kube is not None)
     if kube is not None:
@@ -282,9 +282,18 @@ def _time(recipe: Recipe, estimated: Estimate, price: float | None) -> Iterator[
     yield Check("cost", _verdict(cost, cap), f"{bill}; train stops at {cap:g}", advice)
 
 
-def _host_memory(recipe: Recipe, num_parameters: float, *, has_pods: bool) -> Iterator[Check]:
-    """Compare the memory of steps on a CPU with their pods' limits; local runs have no limits."""
-    estimates = host_memory(recipe, num_parameters)
+def _host_memory(
+    recipe: Recipe, num_parameters: float, facts: ModelFacts | None, *, has_pods: bool
+) -> Iterator[Check]:
+    """Compare the memory of steps on a CPU with their pods' limits; local runs have no limits.
+
+    Args:
+        recipe: the recipe.
+        num_parameters: parameters of the base model.
+        facts: sizes of the base model, if they are known.
+        has_pods: whether the steps run in pods.
+    """
+    estimates = host_memory(recipe, num_parameters, facts)
     fits = True
     for step in estimates:
         request, limit = memory_of(step.step, recipe.placement)

@@ -7,6 +7,7 @@ ten seconds; the check, which skips it, less than one.
 
 import os
 import struct
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,10 +28,13 @@ _MAX_VALUE_BYTES = 1 << 20
 """Longest value that is returned."""
 
 
-def check_header(path: Path) -> dict[str, Any]:
+def check_header(path: Path, arrays: Container[str] = ()) -> dict[str, Any]:
     """Check that every count in the header fits into the file; return its numbers and texts by key.
 
-    Arrays, such as the vocabulary, are left out.
+    Args:
+        path: the GGUF file.
+        arrays: keys of arrays that are returned too, as lists of numbers or texts. Other arrays,
+            such as the vocabulary, are left out.
 
     Raises:
         ModelError: the file is a pointer of Git LFS or not GGUF, or states more than it holds.
@@ -41,7 +45,7 @@ def check_header(path: Path) -> dict[str, Any]:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
         try:
-            return _walk(file, size)
+            return _walk(file, size, arrays)
         except (ValueError, struct.error) as error:
             raise ModelError(
                 f"{path} is not a whole GGUF file ({error}): download it again, or name the "
@@ -49,8 +53,8 @@ def check_header(path: Path) -> dict[str, Any]:
             ) from None
 
 
-def _walk(file: BinaryIO, size: int) -> dict[str, Any]:
-    """Read the header after its first four letters; return its numbers and texts by key."""
+def _walk(file: BinaryIO, size: int, arrays: Container[str]) -> dict[str, Any]:
+    """Read the header after its first four letters; return its values by key."""
     _, num_tensors, num_entries = struct.unpack("<IQQ", file.read(20))
     if num_tensors * _SMALLEST_TENSOR + num_entries * _SMALLEST_ENTRY > size:
         raise ValueError(
@@ -67,6 +71,8 @@ def _walk(file: BinaryIO, size: int) -> dict[str, Any]:
         _skip_value(file, kind, size, depth=0)
         if kind != _ARRAY and file.tell() - start <= _MAX_VALUE_BYTES:
             values[key] = _value(_again(file, start), kind)
+        elif key in arrays:
+            values[key] = _items(_again(file, start))
     return values
 
 
@@ -82,6 +88,27 @@ def _value(stored: bytes, kind: int) -> Any:
     if kind == _STRING:
         return stored[8:].decode("utf-8", "replace")
     return struct.unpack(f"<{_CODES[kind]}", stored)[0]
+
+
+def _items(stored: bytes) -> list[Any]:
+    """Return the numbers or texts of an array, which `_skip_value` has measured.
+
+    Raises:
+        ValueError: it is an array of arrays.
+    """
+    kind, count = struct.unpack_from("<IQ", stored)
+    start = 12
+    if kind in _SIZES:
+        return list(struct.unpack_from(f"<{count}{_CODES[kind]}", stored, start))
+    if kind != _STRING:
+        raise ValueError("it holds arrays of arrays where texts or numbers belong")
+    texts = []
+    for _ in range(count):
+        (num_bytes,) = struct.unpack_from("<Q", stored, start)
+        start += 8
+        texts.append(stored[start : start + num_bytes].decode("utf-8", "replace"))
+        start += num_bytes
+    return texts
 
 
 def _skip_value(file: BinaryIO, kind: int, size: int, *, depth: int) -> None:

@@ -1,0 +1,1 @@
+"""Base models in GGUF files: their headers, their tokenizers, and their weights as safetensors."""
