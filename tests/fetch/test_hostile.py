@@ -160,16 +160,12 @@ def test_a_header_of_a_size_that_no_model_has_is_not_read(
         read_header(path, "mine")
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "model.safetensors"])
-def test_a_link_out_of_a_model_is_not_followed(
-    name: str, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_link_out_of_a_model_is_not_followed(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
-    shutil.copy(tiny_model_dir / "model.safetensors", tmp_path / "secret")
-    (model / name).unlink(missing_ok=True)
-    (model / name).symlink_to(tmp_path / "secret")
-    said = rf"{name} is a link that leads out of {model}, to {tmp_path / 'secret'}\."
+    (tmp_path / "secret").write_text("the key")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    said = rf"LICENSE is a link that leads out of {model}, to {tmp_path / 'secret'}\."
     with pytest.raises(ModelError, match=said):
         check(FetchConfig(), source=str(model))
     with pytest.raises(ModelError, match=said):
@@ -177,18 +173,33 @@ def test_a_link_out_of_a_model_is_not_followed(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_may_be_named_by_a_link_and_link_within_itself(
-    tiny_model_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("store", ["model", "store"])
+def test_a_model_may_be_named_by_a_link_and_its_weights_may_be_links(
+    store: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
-    (model / "model.safetensors").rename(model / "weights")
-    (model / "model.safetensors").symlink_to("weights")
+    weights = tmp_path / store / "weights"
+    weights.parent.mkdir(exist_ok=True)
+    (model / "model.safetensors").rename(weights)
+    (model / "model.safetensors").symlink_to(weights)
     (tmp_path / "named").symlink_to(model)
     origin = run(
         FetchConfig(), source=str(tmp_path / "named"), base_model_dir=str(tmp_path / "out")
     )
-    assert origin.num_bytes == (model / "weights").stat().st_size
+    assert origin.num_bytes == weights.stat().st_size
+
+
+def test_a_directory_may_hold_links_into_the_hubs_cache(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    blobs, model = tmp_path / "hub" / "models--a--b" / "blobs", tmp_path / "model"
+    shutil.copytree(tiny_model_dir, blobs)
+    model.mkdir()
+    for file in blobs.iterdir():
+        (model / file.name).symlink_to(file)
+    origin = run(FetchConfig(), source=str(model), base_model_dir=str(tmp_path / "out"))
+    assert origin.num_parameters > 0
 
 
 def test_a_snapshot_of_the_hubs_cache_is_made_of_links(

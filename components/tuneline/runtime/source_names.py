@@ -189,11 +189,16 @@ def path_on_claim(source: str) -> str:
     return f"{directory}/{match['path']}" if match["path"] else directory
 
 
+_CACHED = ("models--", "datasets--")
+"""Beginnings of the names of repositories in the Hub's cache."""
+
+
 def check_link(path: Path, directory: Path, error: type[UserError]) -> None:
     """Check that a file or directory below a directory is in it, and not behind a link out of it.
 
     The snapshots of the Hub's cache consist of links to the blobs of the same repository, which
-    they may lead to.
+    they may lead to. So may the directories that huggingface-hub filled with links, up to its
+    release 0.22.
 
     Args:
         path: the file or directory, which may be a link or behind one.
@@ -209,7 +214,8 @@ def check_link(path: Path, directory: Path, error: type[UserError]) -> None:
     for above in (root, *root.parents):
         if above.parent.name == "snapshots":
             roots.append(Path(os.path.realpath(above.parent.parent / "blobs")))
-    if not any(target.is_relative_to(each) for each in roots):
+    is_blob = target.parent.name == "blobs" and target.parents[1].name.startswith(_CACHED)
+    if not is_blob and not any(target.is_relative_to(each) for each in roots):
         raise error(
             f"{path} is a link that leads out of {directory}, to {target}. Only what is in a "
             "directory is read or copied: put a copy in the link's place, or remove the link"
