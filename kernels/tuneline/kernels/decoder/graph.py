@@ -9,7 +9,8 @@ graph.
 Packed rows differ in their numbers of tokens and sequences. A packed row is copied into tensors of
 a slightly larger size, its `Room`. The unused tokens at the end of these tensors form an additional
 sequence, whose gradient is zero. GSM8K's rows in packs of 2048 tokens need four rooms, so all
-graphs of a model have one memory pool: the activations of one lie where those of another were.
+graphs of a model have one memory pool: the activations of one lie where those of another were, as
+far as these were as large. A graph that is captured after a smaller one adds to the pool.
 
 A replay computes all gradients at once, but autograd still receives them layer by layer, last layer
 first. DeepSpeed's ZeRO-2 puts gradients into buckets in the order of their arrival and sums the
