@@ -1,5 +1,7 @@
 """When a captured graph may be replayed, and what autograd sees of it: neither needs a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,6 +23,7 @@ from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forw
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.limits import equal_tokens
 from tuneline.kernels.ops.attention import AttentionConfig, AttentionPlan
+from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.lora import LoraGroup, LoraLinear
 from tuneline.kernels.patching import patch
 
@@ -271,3 +274,30 @@ def test_a_graph_that_would_fill_the_gpu_is_not_captured(tensors, unrecorded, mo
     _find(cache, layers, 3)
     assert held_bytes(layers, 3, 4) > 450
     assert _find(cache, layers, 3) is None and not unrecorded
+
+
+def test_the_number_of_captured_shapes_has_a_limit(tensors, unrecorded):
+    layers, cache = _layers(tensors), GraphCache()
+    for length in range(1, graph.MAX_GRAPHS + 3):
+        _find(cache, layers, length)
+        stack = _find(cache, layers, length)
+        assert (stack is None) == (length > graph.MAX_GRAPHS)
+    assert len(unrecorded) == graph.MAX_GRAPHS
+    assert _find(cache, layers, 1) is not None
+    # A graph of other weights takes the place of one of the same shape.
+    for _ in range(2):
+        other = _find(cache, _layers(tensors, scaling=2.0), 1)
+    assert other is not None and len(unrecorded) == graph.MAX_GRAPHS + 1
+
+
+def test_layers_without_adapters_have_no_gradients_in_the_flat_tensor(tensors):
+    (adapted, call), *_ = _layers(tensors)
+    plain = replace(adapted, qkv=adapted.o)
+    stack = _Unrecorded([(plain, call), (adapted, call), (plain, call)], GraphMemory())
+    flatteners = stack._create_flatteners(torch.device("cpu"))
+    assert stack._flat_grads.shape == (2 * 2 * 8,)
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    for flattener, grads in zip(flatteners, ([], [Scaled(a), Scaled(b, 2.0)], []), strict=True):
+        flattener.launch(grads)
+        flattener.fill()
+    assert torch.equal(stack._flat_grads, torch.cat([a.flatten(), 2 * b.flatten()]))

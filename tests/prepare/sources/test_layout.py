@@ -243,9 +243,13 @@ def test_links_within_a_directory_are_followed_once(tmp_path: Path) -> None:
     (folder / "linked").symlink_to("..real")
     (folder / "again").symlink_to(folder)
     (folder / "b.jsonl").symlink_to(folder / "linked" / "a.jsonl")
-    # A file that an editor has locked, and a cache: nobody reads what is hidden.
+    # A file that an editor has locked, caches, an environment: nobody reads what is hidden.
     (folder / ".#a.jsonl").symlink_to("someone@host.1234")
     (folder / ".cache").symlink_to(tmp_path)
+    write(folder / ".venv" / "bin", "a.jsonl")
+    (folder / ".venv" / "bin" / "python").symlink_to("/usr/bin/env")
+    (folder / ".venv" / "lib64").symlink_to(tmp_path)
+    (folder / ".venv" / "gone").symlink_to("nothing")
     # The directory itself may be a link.
     (tmp_path / "named").symlink_to(folder)
     for name in (folder, tmp_path / "named"):

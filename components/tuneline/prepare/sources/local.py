@@ -52,14 +52,14 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def _is_taken(path: Path, directory: Path) -> bool:
-    """Return whether to look at a path below a directory: not at a hidden link.
+    """Return whether to look at a path below a directory: not at a link that is left out.
 
     Raises:
         DataError: the path is a link out of the directory, or to nothing.
     """
     if not path.is_symlink():
         return True
-    if is_hidden(path.name):
+    if is_hidden(str(path.relative_to(directory))):
         return False
     check_link(path, directory, DataError)
     if not os.path.exists(path):

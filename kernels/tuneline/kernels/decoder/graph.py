@@ -9,7 +9,8 @@ graph.
 Packed rows differ in their numbers of tokens and sequences. A packed row is copied into tensors of
 a slightly larger size, its `Room`. The unused tokens at the end of these tensors form an additional
 sequence, whose gradient is zero. GSM8K's rows in packs of 2048 tokens need four rooms, so all
-graphs of a model have one memory pool: the activations of one lie where those of another were.
+graphs of a model have one memory pool: the activations of one lie where those of another were, as
+far as these were as large. A graph that is captured after a smaller one adds to the pool.
 
 A replay computes all gradients at once, but autograd still receives them layer by layer, last layer
 first. DeepSpeed's ZeRO-2 puts gradients into buckets in the order of their arrival and sums the
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,10 @@ from tuneline.kernels.ops.flatten import Flattener
 
 MEMORY_SHARE = 0.5
 """Fraction of the GPU's memory that the activations of a graph may take."""
+
+MAX_GRAPHS = 16
+"""Number of shapes that are captured, first come, first served: rows that are not packed have as
+many shapes as lengths. Besides the memory that graphs share, each has its inputs and outputs."""
 
 Layers = Sequence[tuple[LayerWeights, LayerCall]]
 
@@ -195,7 +200,8 @@ class GraphedStack:
         shapes = [[(p.shape[0], p.shape[1]) for p in group] for group in self._parameters]
         sizes = [sum(rows * columns for rows, columns in layer) for layer in shapes]
         # One tensor, so that one copy takes all gradients out of the graph.
-        dtype, flat = self._parameters[0][0].dtype, self.memory.flat_grads
+        # Some layers may have no adapter, the first among them.
+        dtype, flat = next(p.dtype for p in chain(*self._parameters)), self.memory.flat_grads
         if flat is None or (flat.numel(), flat.dtype) != (sum(sizes), dtype):
             flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         self._flat_grads = self.memory.flat_grads = flat
@@ -228,7 +234,7 @@ class GraphedStack:
         """Return dx and the gradients of each layer's parameters, copied out of the graph."""
         _lay(dy_BLC, self._dy_BLC)
         self._backward.replay()
-        every = [t for parameters in self._parameters for t in parameters]
+        every = list(chain(*self._parameters))
         grads = iter(_unflatten_dense_tensors(self._flat_grads.clone(), every))
         by_layer = [list(islice(grads, len(parameters))) for parameters in self._parameters]
         return self._dx_BLC[:, : dy_BLC.shape[1]].clone(), by_layer
@@ -320,7 +326,8 @@ class GraphCache:
                 self._memory.pool = None
             held = held_bytes(layers, key[0][0][0] * key[0][0][1], x_BLC.element_size())
             total = torch.cuda.mem_get_info(x_BLC.device)[1]
-            if held > MEMORY_SHARE * total:
+            num_captured = sum(stack is not None for stack in self._graphs.values())
+            if held > MEMORY_SHARE * total or num_captured >= MAX_GRAPHS:
                 return None
             stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin, self._memory)
         return stack

@@ -85,6 +85,8 @@ class Flattener:
 
     def launch(self, matrices: Sequence[Scaled]) -> None:
         """Write the matrices into the flat tensor; a capture has to be followed by `fill`."""
+        if not matrices:
+            return
         if not use_kernel(self._out) or any(x.dtype != torch.float32 for x, _ in matrices):
             dtype = self._out.dtype
             torch.cat([m.value(dtype).reshape(-1) for m in matrices], out=self._out)
