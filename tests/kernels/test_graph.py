@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneline.kernels import decisions, patching
 from tuneline.kernels.decoder import graph
-from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
+from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes, workspace_bytes
 from tuneline.kernels.decoder.graph import (
     GraphCache,
     GraphedStack,
@@ -301,3 +301,25 @@ def test_layers_without_adapters_have_no_gradients_in_the_flat_tensor(tensors):
         flattener.launch(grads)
         flattener.fill()
     assert torch.equal(stack._flat_grads, torch.cat([a.flatten(), 2 * b.flatten()]))
+
+
+def test_packed_rows_are_captured_if_there_is_room_without_a_graph_too(
+    tensors, unrecorded, monkeypatch
+):
+    (weights, call), *_ = _layers(tensors)
+    layers = [(weights, replace(call, plan=_plan(200, 100)))]
+    twice = 2 * (held_bytes(layers, 384, 4) + workspace_bytes(weights, 384, 4))
+    for free, idle, is_captured in [
+        (twice - 1, 0, False), (twice, 0, True), (0, twice, True), (twice - 8, 7, False),
+    ]:  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**30))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, idle=idle: 100 + idle)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+        cache = GraphCache()
+        assert _find(cache, layers, 300) is None
+        assert (_find(cache, layers, 300) is not None) == is_captured
+    # A row that is not packed has one shape.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    cache = GraphCache()
+    assert [_find(cache, _layers(tensors), 300) is None for _ in range(2)] == [True, False]

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes
+from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes, workspace_bytes
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionPlan
@@ -324,13 +324,29 @@ class GraphCache:
             if not any(self._graphs.values()):
                 # torch does not capture into a pool of which it has deleted every graph.
                 self._memory.pool = None
-            held = held_bytes(layers, key[0][0][0] * key[0][0][1], x_BLC.element_size())
-            total = torch.cuda.mem_get_info(x_BLC.device)[1]
             num_captured = sum(stack is not None for stack in self._graphs.values())
-            if held > MEMORY_SHARE * total or num_captured >= MAX_GRAPHS:
+            if num_captured >= MAX_GRAPHS or not _has_room(layers, key[0], x_BLC):
                 return None
             stack = self._graphs[key] = GraphedStack(layers, x_BLC, cos, sin, self._memory)
         return stack
+
+
+def _has_room(layers: Layers, shapes: tuple[Any, ...], x_BLC: Tensor) -> bool:
+    """Return whether the memory has room for a graph.
+
+    A packed row of another room first runs without a graph, and such a forward cannot use the
+    graphs' memory. So packed rows need their activations and temporaries twice.
+    """
+    (num_rows, length), *_, room = shapes
+    num_tokens, itemsize, device = num_rows * length, x_BLC.element_size(), x_BLC.device
+    held = held_bytes(layers, num_tokens, itemsize)
+    free, total = torch.cuda.mem_get_info(device)
+    if room is not None:
+        workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights, _ in layers)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free + idle < 2 * (held + workspace):
+            return False
+    return held <= MEMORY_SHARE * total
 
 
 def _shapes(layers: Layers, x_BLC: Tensor, cos: Tensor) -> tuple[Any, ...]:
