@@ -183,18 +183,21 @@ def take_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """Let the engines take turns in one case, and return each one's answers, one per round."""
     shape, mode = case.split("/")
-    is_longest = CASES[shape][1] >= LONGEST
+    num_rounds, num_steps = args.rounds, args.steps
+    if is_longest := CASES[shape][1] >= LONGEST:
+        num_rounds = num_steps = 1
     collected: dict[str, list[dict[str, Any]]] = {}
-    for turn in range(1 if is_longest else args.rounds):
+    for turn in range(num_rounds):
+        warmup = args.warmup if turn == 0 else 1
         for engine, process in running.items():
-            profile = args.profile and engine.startswith("tuneline") and turn == args.rounds - 1
+            profile = args.profile and engine.startswith("tuneline") and turn == num_rounds - 1
             name = f"profile_{engine}_{case.replace('/', '_')}.txt"
             request = {
                 "rows": CASES[shape][0],
                 "length": CASES[shape][1],
                 "mode": mode,
-                "warmup": 0 if is_longest else args.warmup if turn == 0 else 1,
-                "steps": 1 if is_longest else args.steps,
+                "warmup": 0 if is_longest else warmup,
+                "steps": num_steps,
                 "profile": str(args.out_dir / name) if profile else None,
             }
             send(process, request)

@@ -193,15 +193,15 @@ def test_the_host_stash_pins_once_for_steps_of_unlike_lengths():
 
 
 def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
-    from tuneline.kernels import decisions, patch
+    from tuneline.kernels import limits, patch
 
     model = make_model("llama").to(torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     batches = torch.randint(1, 1000, (4, 2, 300), generator=generator).cuda()
     patch(model)
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, {"input_ids": ids, "labels": ids}) for ids in batches]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -219,9 +219,9 @@ def test_graphs_give_the_bits_of_the_eager_run(monkeypatch):
 
 
 def test_a_loader_may_pin_its_batches_while_a_graph_is_captured(monkeypatch):
-    from tuneline.kernels import decisions, patch
+    from tuneline.kernels import limits, patch
 
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 2048)
     model = make_model("llama").to(torch.bfloat16)
     patch(model)
     row = packed_row((300, 213), 7)
@@ -254,7 +254,7 @@ def packed_row(lengths, seed):
 
 
 def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
-    from tuneline.kernels import decisions, patch
+    from tuneline.kernels import limits, patch
 
     model = make_model("llama").to(torch.bfloat16)
     rows = [
@@ -264,9 +264,9 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
         )
     ]
     patch(model)
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, row) for row in rows]
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 2048)
     replayed = [gradients(model, row) for row in rows]
     graphs = model.get_base_model().model._tuneline_engine.graphs._graphs
     assert [type(g).__name__ for g in graphs.values()] == ["GraphedStack"]
@@ -278,15 +278,15 @@ def test_one_graph_serves_packed_rows_of_many_lengths(monkeypatch):
 
 
 def test_graphs_of_several_rooms_share_their_memory(monkeypatch):
-    from tuneline.kernels import decisions, patch
+    from tuneline.kernels import limits, patch
 
     model = make_model("llama").to(torch.bfloat16)
     all_lengths = [(120, 1, 47, 129), (64,) * 8, (300, 213)]
     rows = [packed_row(lengths, seed) for seed, lengths in enumerate(all_lengths)]
     patch(model)
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 0)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 0)
     eager = [gradients(model, row) for row in rows]
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 2048)
     for _ in range(2):
         replayed = [gradients(model, row) for row in rows]
     graphs = list(model.get_base_model().model._tuneline_engine.graphs._graphs.values())
@@ -327,7 +327,7 @@ def test_what_is_parked_comes_back_the_same(kept_layers, monkeypatch):
 
 
 def test_a_graph_is_captured_after_a_forward_that_parks(monkeypatch):
-    from tuneline.kernels import decisions, patch
+    from tuneline.kernels import decisions, limits, patch
     from tuneline.kernels.decoder.budget import kept_bytes
 
     model = make_model("llama").to(torch.bfloat16)
@@ -337,7 +337,7 @@ def test_a_graph_is_captured_after_a_forward_that_parks(monkeypatch):
     states, *_ = model.get_base_model().model._tuneline_engine.bound.values()
     (weights,) = states.values()
     monkeypatch.setattr(decisions, "STASH_MIN_TOKENS", 1)
-    monkeypatch.setattr(decisions, "GRAPH_MAX_TOKENS", 2048)
+    monkeypatch.setattr(limits, "GRAPH_MAX_TOKENS", 2048)
     # Three layers of the short row are kept, and none of the long one.
     patch(model, budget=3.2 * kept_bytes(weights, 513, 2) / 2**30)
     engine = model.get_base_model().model._tuneline_engine

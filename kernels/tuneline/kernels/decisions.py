@@ -34,12 +34,7 @@ from tuneline.kernels.decoder.graph import (
 from tuneline.kernels.decoder.layer import Handover, LayerCall
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.decoder.stash import HostStash, half_of_free_memory
-from tuneline.kernels.limits import (
-    GRAPH_MAX_TOKENS,
-    GRAPH_MAX_TOKENS_FP8,
-    STASH_MIN_TOKENS,
-    equal_tokens,
-)
+from tuneline.kernels.limits import STASH_MIN_TOKENS, is_replayed
 from tuneline.kernels.ops.attention import AttentionPlan
 from tuneline.kernels.ops.host_tables import HostHead
 from tuneline.kernels.spec import FamilySpec
@@ -215,14 +210,12 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
             ),
         )
     dtypes = {p.dtype for weights in bound.values() for p in weights.parameters()}
-    most = GRAPH_MAX_TOKENS
-    if engine.fp8 and kept.num_layers == len(bound):
-        most = GRAPH_MAX_TOKENS_FP8
+    fp8 = engine.fp8 and kept.num_layers == len(bound)
     graphed = (
         device.type == "cuda"
         # A graph takes the memory that tables on the host are there to save.
         and engine.head is None
-        and equal_tokens(next(iter(bound.values())).multiplied_weights, num_tokens) <= most
+        and is_replayed(next(iter(bound.values())).multiplied_weights, num_tokens, fp8=fp8)
         # The tensors of a graph cannot be offloaded to host memory.
         and stash is None
         and len(bound) == len(decoder.layers)

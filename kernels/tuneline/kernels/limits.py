@@ -59,3 +59,15 @@ def equal_tokens(num_weights: int, num_tokens: int) -> float:
         num_tokens: Tokens of the other layer.
     """
     return num_tokens * num_weights / _LAYER_WEIGHTS
+
+
+def is_replayed(num_weights: int, num_tokens: int, *, fp8: bool) -> bool:
+    """Return whether CUDA graphs replay micro-batches of this size.
+
+    Args:
+        num_weights: Weights of a layer that each token is multiplied by.
+        num_tokens: Tokens of the micro-batch.
+        fp8: Whether the layers compute fp8 GEMMs and all store their activations.
+    """
+    most = GRAPH_MAX_TOKENS_FP8 if fp8 else GRAPH_MAX_TOKENS
+    return equal_tokens(num_weights, num_tokens) <= most

@@ -69,7 +69,7 @@ def is_local(source: str, *, cache_claim: str | None) -> bool:
     roots = [CLAIMS_PATH, *([CACHE_PATH] if cache_claim else [])]
     if any(source == root or source.startswith(f"{root}/") for root in roots):
         return False
-    if _paths(source):
+    if _is_here(source):
         return True
     return not source.startswith("/") and (looks_like_a_path(source) or is_data_file(source))
 
@@ -119,7 +119,7 @@ def prepare_upload(recipe: Recipe) -> Upload:
     names: dict[str, str] = {}
     files: dict[str, Path] = {}
     for number, source in enumerate(sources):
-        if not _paths(source):
+        if not _is_here(source):
             raise DataError(f"there is no file or directory {source}")
         names[source] = _add(source, files, f"{number}-" if len(sources) > 1 else "")
     num_bytes = sum(path.stat().st_size for path in files.values())
@@ -140,13 +140,10 @@ def _too_large(listed: str, how_large: str) -> str:
     )
 
 
-def _paths(source: str) -> list[Path]:
+def _is_here(source: str) -> bool:
+    """Return whether a source is a path, or a pattern of paths, that this machine has."""
     path = Path(source).expanduser()
-    if path.exists():
-        return [path]
-    if glob.has_magic(source):
-        return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    return []
+    return path.exists() or (glob.has_magic(source) and any(glob.iglob(str(path), recursive=True)))
 
 
 def _add(source: str, files: dict[str, Path], prefix: str) -> str:

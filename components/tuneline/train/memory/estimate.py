@@ -33,13 +33,11 @@ from typing import Literal
 
 from tuneline.artifacts import PREFERENCE_METHODS, Method
 from tuneline.kernels.limits import (
-    GRAPH_MAX_TOKENS,
-    GRAPH_MAX_TOKENS_FP8,
     KEPT_MLP_CHUNK_TOKENS,
     MIN_ADAPTER_COLUMNS,
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
-    equal_tokens,
+    is_replayed,
 )
 from tuneline.models.nf4_layout import BLOCKSIZE
 from tuneline.train.config import TrainConfig
@@ -343,9 +341,8 @@ def _replays(shape: Shape, settings: Settings, tokens: int, num_kept: int) -> bo
     """
     num_weights = shape.hidden * 2 * (shape.query + shape.key_value) + 3 * shape.mlp * shape.hidden
     keeps_all = num_kept == shape.num_layers
-    most = GRAPH_MAX_TOKENS_FP8 if settings.fp8 and keeps_all else GRAPH_MAX_TOKENS
-    fits = keeps_all or tokens < STASH_MIN_TOKENS
-    return fits and equal_tokens(num_weights, tokens) <= most
+    parks = tokens >= STASH_MIN_TOKENS and not keeps_all
+    return not parks and is_replayed(num_weights, tokens, fp8=settings.fp8 and keeps_all)
 
 
 def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:

@@ -7,7 +7,6 @@ The fourth, which drops the gradients, takes 3 ms.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ class QuickStepTrainer(Trainer):
         self._operations_per_token: float | None = None
         self._is_in_training_mode = False
         self._stepped: Any = None
-        """The model whose `zero_grad` visits its trained parameters alone."""
+        """The model whose `zero_grad` is the optimizer's, which visits trained parameters alone."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; before the call, the model may be in training or in evaluation mode."""
@@ -46,8 +45,8 @@ class QuickStepTrainer(Trainer):
         self.enter_training_mode(model)
         # DeepSpeed's engine keeps gradients elsewhere too.
         if self._stepped is None and not self.is_deepspeed_enabled:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            model.zero_grad = functools.partial(_drop_gradients, trained)
+            assert self.optimizer is not None
+            model.zero_grad = self.optimizer.zero_grad
             self._stepped = model
         with _without_mode_changes(model):
             return super().training_step(model, *args, **kwargs)
@@ -82,20 +81,6 @@ class QuickStepTrainer(Trainer):
             transformers: Any = super()
             return transformers._clip_grad_norm(model)
         return self.own_grad_norm()
-
-
-def _drop_gradients(parameters: list[torch.nn.Parameter], set_to_none: bool = True) -> None:
-    """Do what `Module.zero_grad` does, for some parameters.
-
-    Args:
-        parameters: All parameters of the model that have gradients.
-        set_to_none: Whether gradients become None, and not zeros.
-    """
-    for parameter in parameters:
-        if set_to_none:
-            parameter.grad = None
-        elif parameter.grad is not None:
-            parameter.grad.zero_()
 
 
 @contextlib.contextmanager

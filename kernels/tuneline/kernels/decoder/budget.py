@@ -132,6 +132,13 @@ def forward_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
     return itemsize * (arenas + temporaries + 4 * num_tokens * weights.qkv.num_in)
 
 
+def usable_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a GPU that are free or that torch holds without using them, and all."""
+    free, total = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + idle, total
+
+
 @dataclass(frozen=True)
 class HostRoom:
     """Host memory, and the layers and tokens that share it in one forward."""
@@ -241,8 +248,7 @@ def share_out(
     elif device.type != "cuda":
         return Kept(len(layers), len(layers))
     else:
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = usable_memory(device)
         workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights in layers)
         if head_bytes:
             # The head arrives while the last layers run; and the reference of a preference runs all

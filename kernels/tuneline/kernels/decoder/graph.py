@@ -30,7 +30,12 @@ import triton
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from tuneline.kernels.decoder.budget import kept_bytes, normed_bytes, workspace_bytes
+from tuneline.kernels.decoder.budget import (
+    kept_bytes,
+    normed_bytes,
+    usable_memory,
+    workspace_bytes,
+)
 from tuneline.kernels.decoder.layer import LayerCall, layer_backward, layer_forward
 from tuneline.kernels.decoder.layer_weights import LayerWeights
 from tuneline.kernels.ops.attention import AttentionPlan
@@ -338,13 +343,12 @@ def _has_room(layers: Layers, shapes: tuple[Any, ...], x_BLC: Tensor) -> bool:
     graphs' memory. So packed rows need their activations and temporaries twice.
     """
     (num_rows, length), *_, room = shapes
-    num_tokens, itemsize, device = num_rows * length, x_BLC.element_size(), x_BLC.device
+    num_tokens, itemsize = num_rows * length, x_BLC.element_size()
     held = held_bytes(layers, num_tokens, itemsize)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = usable_memory(x_BLC.device)
     if room is not None:
         workspace = max(workspace_bytes(weights, num_tokens, itemsize) for weights, _ in layers)
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if free + idle < 2 * (held + workspace):
+        if free < 2 * (held + workspace):
             return False
     return held <= MEMORY_SHARE * total
 

@@ -148,7 +148,7 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, dy_BLC, dlogits_TE=None, *_):  # noqa: D102
         # Autograd raises here if an adapter changed in place after the forward.
         cos, sin, *tensors = ctx.saved_tensors
-        saved = tensors[: ctx.num_saved]
+        saved, parameters = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
         if ctx.before is not None:
             ctx.call.stash.begin(ctx.before)
         if ctx.ticket is not None:
@@ -157,7 +157,6 @@ class _LayerFunction(torch.autograd.Function):
             dy_BLC, saved, cos, sin, ctx.weights, ctx.call, dlogits_TE=dlogits_TE,
             need_dx=ctx.needs_input_grad[0],
         )  # fmt: skip
-        parameters = ctx.weights.parameters()
         values = [grad.value(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
         return dx_BLC, None, None, None, None, *values
 
