@@ -314,43 +314,53 @@ def random_base(base_model_dir: Any, *, dtype: Any, device: str, quantized: bool
     """
     import bitsandbytes
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tuneline.models import nf4
 
     nf4.keep_plain_layout_on_cpu()
     packed = nf4.quantized_modules(nf4.empty_model(base_model_dir)) if quantized else set()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model_dir))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for name in packed:
-        linear = model.get_submodule(name)
-        with torch.device("meta"):
-            replacement = bitsandbytes.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=linear.bias is not None,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-        replacement.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-        ).to(device)
-        replacement.bias = linear.bias
-        linear.weight = None
-        model.set_submodule(name, replacement)
-    model.requires_grad_(False)
+    # Buffers are computed on creation; weights are made one by one, as a loader does, because all
+    # of them in 16 bits would not fit into a small GPU.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_model_dir))
+    for name, parameter in list(model.named_parameters()):
+        owner, _, field = name.rpartition(".")
+        weight = torch.ones(parameter.shape, dtype=dtype, device=device)
+        if weight.ndim > 1:
+            weight.normal_(std=0.02)
+        module = model.get_submodule(owner)
+        if owner in packed and field == "weight":
+            module = nf4_layer(module, dtype)
+            module.weight = bitsandbytes.nn.Params4bit(
+                weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            ).to(device)
+            model.set_submodule(owner, module)
+        else:
+            setattr(module, field, torch.nn.Parameter(weight, requires_grad=False))
+    model.tie_weights()
+    model.to(device)
     model.is_loaded_in_4bit = quantized
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        # All 16-bit weights were in memory at once, but a loader has at most one of them at a time.
-        torch.cuda.reset_peak_memory_stats()
     return model
+
+
+def nf4_layer(linear: Any, dtype: Any) -> Any:
+    """Return a 4-bit layer without weights in the shape of a linear layer, with its bias."""
+    import bitsandbytes
+    import torch
+
+    with torch.device("meta"):
+        layer = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+    layer.bias = linear.bias
+    return layer
 
 
 if __name__ == "__main__":
