@@ -82,8 +82,9 @@ def product_pointers(weight_block: list[int]) -> dict[str, str]:
 FP8 = dict(K=4096, NESTED=True)
 E4M3 = "*fp8e4nv"
 HOPPER_ONLY = {
-    "fp8 rows", "fp8 weight", "fp8 weight transposed", "experts, product",
-    "experts, gradient of the product", "flash forward", "flash dq", "flash dk, dv",
+    "fp8 rows", "fp8 long rows", "fp8 side", "fp8 weight", "fp8 weight transposed",
+    "experts, product", "experts, gradient of the product", "flash forward", "flash dq",
+    "flash dk, dv",
 }  # fmt: skip
 # Heads of 256 fill the registers with sums; smaller tiles spill nothing and were measured slower.
 SPILLS = {"flash forward": 128, "flash dq": 512, "flash dk, dv": 1024, "flash dk, dv, packed": 256}
@@ -130,21 +131,34 @@ KERNELS = {
     ),
     **{name: tile[:5] for name, tile in FLASH_TILES.items()},
     "fp8 rows": (
-        "fp8", "_rows_kernel", dict(K=4096, P=64, HAS_FLOOR=False, BLOCK=4096),
-        dict(out_ptr=E4M3, scale_ptr=F32, floor_ptr=F32), 4,
+        "fp8", "_rows_kernel", dict(K=4096, P=64, BLOCK=4096),
+        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 4,
+    ),
+    "fp8 long rows": (
+        "fp8", "_rows_kernel", dict(K=28672, P=64, BLOCK=32768),
+        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 16,
+    ),
+    "fp8 side": (
+        "fp8", "_side_kernel", dict(P=64, ROWS=64),
+        dict(out_ptr=E4M3, peak_ptr=F32, largest_ptr=F32), 4,
     ),
     "fp8 weight": (
         "fp8", "_weight_kernel", FP8 | dict(BLOCK=512),
-        NF4_POINTERS | dict(scale_ptr=F32, out_ptr=E4M3), 4,
+        NF4_POINTERS | dict(largest_ptr=F32, out_ptr=E4M3), 4,
     ),
     "fp8 weight transposed": (
         "fp8", "_transposed_kernel", FP8 | dict(ROWS=64, COLS=128),
-        NF4_POINTERS | dict(scale_ptr=F32, out_ptr=E4M3), 4,
+        NF4_POINTERS | dict(largest_ptr=F32, out_ptr=E4M3), 4,
     ),
     "pack": (
         "lora", "_pack_kernel",
-        dict(R0=16, R1=16, R2=16, HAS_BIAS0=True, HAS_BIAS1=True, HAS_BIAS2=True, P=64, BLOCK=64),
-        dict.fromkeys(["a0_ptr", "a1_ptr", "a2_ptr", "b0_ptr", "b1_ptr", "b2_ptr"], F32), 4,
+        dict(
+            R0=16, R1=16, R2=16, HAS_BIAS0=True, HAS_BIAS1=True, HAS_BIAS2=True, HAS_PEAKS=True,
+            P=64, BLOCK=64,
+        ),
+        dict.fromkeys(
+            ["a0_ptr", "a1_ptr", "a2_ptr", "b0_ptr", "b1_ptr", "b2_ptr", "peaks_ptr"], F32
+        ), 4,
     ),
     "flatten": (
         "flatten", "_flatten_kernel", dict(BLOCK=2048),

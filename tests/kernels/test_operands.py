@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tuneline.kernels.decoder import operands as operands_module
 from tuneline.kernels.decoder.operands import (
     Fp8Operands,
     StoredOperands,
@@ -186,6 +187,46 @@ def test_pack_writes_every_bit_of_its_reference(case, dtype, generator, monkeypa
     # Neither touches the weight's place nor the corner that nobody reads.
     assert buffers[0][: group.num_out, :INPUTS].isnan().all()
     assert buffers[0][group.num_out :, INPUTS:].isnan().all()
+
+
+@pytest.mark.parametrize("case", ["qkv", "wide_ranks"])
+def test_pack_finds_the_largest_numbers_of_both(case, generator):
+    group = _group(case, torch.float32, generator)
+    for function in (pack, pack_reference):
+        sb = torch.empty(group.num_out, group.num_columns, device=generator.device)
+        a = torch.empty(group.num_columns, INPUTS, device=generator.device)
+        peaks = torch.zeros(2, device=generator.device)
+        function(group, sb, a, peaks)
+        assert peaks.tolist() == [sb.abs().max(), a.abs().max()]
+
+
+@pytest.mark.parametrize("sizes", [((96, 5), (32, 3), (32, 4)), ((48, 16),)])
+def test_kept_fp8_operands_follow_the_adapters(sizes, generator, monkeypatch):
+    """Also one that outgrows the weights, which share its scale."""
+    group = _nf4_group(sizes, generator)
+    kind = torch.bfloat16 if generator.device.type == "cuda" else torch.float32
+    x, dy, _ = _activations(group, kind, generator)
+    group.place.keep(True)
+    group_operands(group, x)
+    converted = []
+    monkeypatch.setattr(operands_module, "nf4_to_fp8", lambda *a, **k: converted.append(a))
+    arena = group.place.arena
+    assert arena.nbytes == group.arena_bytes(kind.itemsize)
+    for factor in (1, 1000, 1e-3):
+        for linear in group.linears:
+            linear.lora_b.mul_(factor)
+        group_operands(group, x)
+        ours = _run(group_operands(group, x, packs=False), group, x, dy)
+        y, dx, *grads = _reference(group, x, dy, torch.float64)
+        for a, b in zip(ours[:2], (y, dx), strict=True):
+            assert (a.double() - b).norm() < 0.06 * b.norm()
+        for a, b in zip(ours[2:], grads, strict=True):
+            assert (a.double() - b).norm() < (1e-2 if kind == torch.bfloat16 else 1e-6) * b.norm()
+    assert not converted and group.place.arena is arena
+    monkeypatch.undo()
+    group.place.keep(False)
+    again = _run(group_operands(group, x), group, x, dy)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [((96, 5), (32, 3), (32, 4)), ((48, 16),)])

@@ -10,10 +10,12 @@ from tuneline.kernels.ops import fp8
 from tuneline.kernels.ops.adamw import dynamic_map
 from tuneline.kernels.ops.fp8 import (
     LARGEST,
+    Side,
     largest_weight,
     nf4_to_fp8,
     quantize_rows,
     quantize_rows_reference,
+    quantize_side,
     scaled_mm,
 )
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4_reference
@@ -73,41 +75,74 @@ def test_rows_are_torch_casts_within_half_a_step(shape, generator):
     assert (x8.float().abs().amax(1) == LARGEST).all()
 
 
-def test_rows_of_zeros_floor_side_and_out(device, generator):
-    x, side = _randn(generator, 6, 40), 9 * _randn(generator, 6, 64)
-    x[2] = side[2] = 0
-    floor = torch.tensor(7.0, device=device)
-    buffer = torch.zeros(6, 110, device=device).to(E4M3)
-    x8, scale = quantize_rows(x, side_TP=side, floor=floor, out=buffer[:, :104])
-    whole = torch.cat([x, side], 1)
-    assert x8.data_ptr() == buffer.data_ptr()
-    expected, expected_scale = quantize_rows_reference(whole, floor=floor)
-    assert torch.equal(expected_scale, whole.abs().amax(1).clamp(min=7) / LARGEST)
-    torch.testing.assert_close(scale, expected_scale, rtol=3e-7, atol=0)
-    _assert_cast_alike(x8, expected)
-    assert (buffer.float()[:, 104:] == 0).all()
+def test_rows_of_zeros_and_of_other_strides(device, generator):
     zeros, scale = quantize_rows(torch.zeros(2, 40, device=device))
     assert (zeros.float() == 0).all() and (scale > 0).all()
+    x = _randn(generator, 6, 40)
     turned, scale = quantize_rows(x.t())
     assert torch.equal(turned.float(), quantize_rows(x.t().contiguous())[0].float())
 
 
+@pytest.mark.parametrize("peak", [0.0, 3.0, 40.0])
+def test_a_side_is_multiplied_and_its_counterpart_divided_by_the_same_factor(
+    peak, device, generator
+):
+    x, side = _randn(generator, 6, 40), 9 * _randn(generator, 6, 64)
+    x[2] = side[2] = 0
+    peak, largest = torch.tensor([peak, 4.0], device=device)
+    factor = max(1.0, peak.item() / 4)
+    x8, scale = quantize_rows(x, Side(side, peak, largest))
+    expected, expected_scale = quantize_rows_reference(x, Side(side, peak, largest))
+    whole = torch.cat([x, factor * side], 1)
+    torch.testing.assert_close(expected_scale, (whole.abs().amax(1) / LARGEST).clamp_min(1e-15))
+    torch.testing.assert_close(scale, expected_scale, rtol=3e-7, atol=0)
+    _assert_cast_alike(x8, expected)
+    counterpart = (torch.rand(90, 64, generator=generator, device=device) * 2 - 1) * peak
+    buffer = torch.zeros(90, 70, device=device).to(E4M3)
+    for given in (counterpart, counterpart.t().contiguous().t()):
+        quantize_side(given, peak=peak, largest=largest, out=buffer[:, 6:])
+        _assert_cast_alike(buffer[:, 6:], (given / factor / 4.0 * LARGEST).to(E4M3))
+        assert (buffer.float()[:, :6] == 0).all()
+    # The product of the two sides is that of what was given.
+    y = scaled_mm(
+        x8[:, 40:].contiguous(), scale, buffer[:, 6:].contiguous()[:80],
+        (largest / LARGEST).expand(80).contiguous(), dtype=torch.bfloat16,
+    )  # fmt: skip
+    truth = side.double() @ counterpart.double()[:80].T
+    assert (y.double() - truth).norm() <= 0.06 * truth.norm()
+
+
+@pytest.mark.parametrize("peak", [0.5, 12.0])
 @pytest.mark.parametrize("side", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_rows_kernel_before_its_rounding(turned, side, device, generator):
+def test_the_rows_kernel_before_its_rounding(turned, side, peak, device, generator):
     """It runs in float32 here: a row's scale, masks and strides show, the cast is the chip's."""
     x = _randn(generator, 97, 7).t() if turned else _randn(generator, 7, 97)
     columns = 5 * _randn(generator, 7, 64) if side else x
     width = 97 + 64 * side
     out, scale = torch.empty(7, width, device=device), torch.empty(7, device=device)
+    peak, largest = torch.tensor([peak, 3.0], device=device)
     fp8._rows_kernel[(7,)](
-        x, columns, out, scale, scale, *x.stride(), columns.stride(0), width,
-        K=97, P=64 * side, HAS_FLOOR=False, BLOCK=128,
+        x, columns, out, scale, peak, largest, *x.stride(), columns.stride(0), width,
+        K=97, P=64 * side, BLOCK=128,
     )  # fmt: skip
-    whole = torch.cat([x, columns], 1) if side else x
-    largest = whole.abs().amax(1)
-    torch.testing.assert_close(scale, largest / LARGEST, rtol=2e-7, atol=0)
-    torch.testing.assert_close(out, whole * (LARGEST / largest)[:, None], rtol=4e-7, atol=0)
+    whole = torch.cat([x, columns * max(1.0, peak.item() / 3)], 1) if side else x
+    biggest = whole.abs().amax(1)
+    torch.testing.assert_close(scale, biggest / LARGEST, rtol=2e-7, atol=0)
+    torch.testing.assert_close(out, whole * (LARGEST / biggest)[:, None], rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("peak", [0.5, 12.0])
+def test_the_side_kernel_before_its_rounding(peak, device, generator):
+    side = _randn(generator, 64, 70).t()
+    out = torch.full((70, 64 + 5), 3.0, device=device)
+    peak, largest = torch.tensor([peak, 3.0], device=device)
+    fp8._side_kernel[(triton.cdiv(70, 32),)](
+        side, out, peak, largest, 70, *side.stride(), out.stride(0), P=64, ROWS=32
+    )
+    expected = side * (LARGEST / max(3.0, peak.item()))
+    torch.testing.assert_close(out[:, :64], expected, rtol=4e-7, atol=0)
+    assert (out[:, 64:] == 3.0).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -116,10 +151,10 @@ def test_the_rows_kernel_before_its_rounding(turned, side, device, generator):
 def test_weights_are_casts_of_float32(shape, nested, transposed, device, generator):
     weight = _weight(*shape, generator, nested)
     wide = _wide(weight).t() if transposed else _wide(weight)
-    scale = torch.rand(wide.shape[0], generator=generator, device=device) + 0.01
+    largest = 1.3 * wide.abs().max()
     buffer = torch.zeros(wide.shape[0], wide.shape[1] + 8, device=device).to(E4M3)
-    nf4_to_fp8(weight, scale, out=buffer[:, : wide.shape[1]], transposed=transposed)
-    expected = (wide / scale[:, None]).to(E4M3)
+    nf4_to_fp8(weight, largest, out=buffer[:, : wide.shape[1]], transposed=transposed)
+    expected = (wide * (LARGEST / largest)).to(E4M3)
     _assert_cast_alike(buffer[:, : wide.shape[1]], expected)
     assert (buffer.float()[:, wide.shape[1] :] == 0).all()
 
@@ -131,21 +166,23 @@ def test_the_weight_kernels_before_their_rounding(transposed, nested, device, ge
     N, K = 70, 192
     weight = _weight(N, K, generator, nested)
     wide = _wide(weight).t() if transposed else _wide(weight)
-    scale = torch.rand(wide.shape[0], generator=generator, device=device) + 0.01
+    largest = 1.3 * wide.abs().max()
     out = torch.full((wide.shape[0], wide.shape[1] + 5), 3.0, device=device)
     pointers = [weight.packed.view(torch.int32), weight.absmax, weight.code]
-    pointers += [weight.nested_absmax, weight.nested_code, weight.offset] if nested else [scale] * 3
+    pointers += (
+        [weight.nested_absmax, weight.nested_code, weight.offset] if nested else [largest] * 3
+    )
     if transposed:
         grid = (triton.cdiv(N, 64), triton.cdiv(K, 128))
         fp8._transposed_kernel[grid](
-            *pointers, scale, out, N, out.stride(0), K=K, NESTED=nested, ROWS=64, COLS=128
+            *pointers, largest, out, N, out.stride(0), K=K, NESTED=nested, ROWS=64, COLS=128
         )
     else:
         num_words = N * K // 8
         fp8._weight_kernel[(triton.cdiv(num_words, 512),)](
-            *pointers, scale, out, num_words, out.stride(0), K=K, NESTED=nested, BLOCK=512
+            *pointers, largest, out, num_words, out.stride(0), K=K, NESTED=nested, BLOCK=512
         )
-    expected = wide / scale[:, None]
+    expected = wide * (LARGEST / largest)
     torch.testing.assert_close(out[:, : wide.shape[1]], expected, rtol=5e-7, atol=0)
     assert (out[:, wide.shape[1] :] == 3.0).all()
 

@@ -142,7 +142,7 @@ class Settings:
     fused: bool = False
     """Whether fused kernels run."""
     fp8: bool = False
-    """Whether fused kernels compute linears in fp8, and so keep no dequantised weights."""
+    """Whether fused kernels compute linears in fp8."""
     kept_bytes: int = 0
     """Bytes in which fused kernels may keep activations and dequantised weights, so that these need
     not be recomputed."""
@@ -325,9 +325,10 @@ def _kept(shape: Shape, wide: Shape, settings: Settings, tokens: int) -> _Kept:
     normed = tokens * itemsize * 2 * (shape.hidden + MIN_ADAPTER_COLUMNS)
     num_normed = min(num_layers, (room - activations) // normed)
     activations += num_normed * normed
-    if num_normed < num_layers or not settings.quantized or settings.fp8:
+    if num_normed < num_layers or not settings.quantized:
         return _Kept(num_layers, activations)
-    return _Kept(num_layers, activations, _wide_bytes(wide, itemsize, room - activations))
+    weights = _wide_bytes(wide, itemsize, room - activations, settings.fp8)
+    return _Kept(num_layers, activations, weights)
 
 
 def _replays(shape: Shape, settings: Settings, tokens: int, num_kept: int) -> bool:
@@ -345,12 +346,20 @@ def _replays(shape: Shape, settings: Settings, tokens: int, num_kept: int) -> bo
     return not parks and is_replayed(num_weights, tokens, fp8=settings.fp8 and keeps_all)
 
 
-def _wide_bytes(shape: Shape, itemsize: int, room: int) -> int:
+def _wide_bytes(shape: Shape, itemsize: int, room: int, fp8: bool) -> int:
     """Return the bytes of dequantised weights that fused layers keep in `room` bytes."""
-    padded = [side + MIN_ADAPTER_COLUMNS for side in (shape.hidden, shape.query, shape.mlp)]
-    hidden, query, mlp = padded
-    gate_up = mlp + shape.mlp
-    layer = itemsize * (hidden * (2 * query + 2 * shape.key_value) + hidden * (gate_up + mlp))
+    sizes = [
+        (shape.query + 2 * shape.key_value, shape.hidden),
+        (shape.hidden, shape.query),
+        (2 * shape.mlp, shape.hidden),
+        (shape.hidden, shape.mlp),
+    ]
+    columns = MIN_ADAPTER_COLUMNS
+    if fp8:
+        # Weights and adapters in fp8, for the forward and transposed; adapters in the compute type.
+        layer = sum(2 * n * k + (itemsize + 1) * columns * (n + k) for n, k in sizes)
+    else:
+        layer = itemsize * sum((n + columns) * (k + columns) for n, k in sizes)
     return min(shape.num_layers, room // layer) * layer
 
 

@@ -6,6 +6,7 @@ tokens, one H100; the tensors are named in layer.py):
     kept          q, k, v, a, x2, gate, up       0.77 GB         avoids 4.4 ms of recomputation
     kept, normed  the same, and n1 and n2        0.14 GB more    avoids 0.17 ms more
     kept, wide    the same, and weights in bf16  0.44 GB more    avoids 0.39 ms of dequantisation
+                  or twice in fp8                0.44 GB more    avoids 0.45 ms
 
 The budget is used for n1 and n2 only if it suffices to keep all layers, and for dequantised weights
 (operands.py) only if it suffices for all n1 and n2. Small batches gain the most from the weights,
@@ -97,11 +98,7 @@ def normed_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:
 
 def wide_bytes(weights: LayerWeights, itemsize: int) -> int:
     """Return the bytes of a layer's dequantised weights and of the adapters beside them."""
-    return itemsize * sum(
-        (group.num_out + group.num_columns) * (group.num_in + group.num_columns)
-        for group in weights.groups()
-        if group.can_keep_arena
-    )
+    return sum(group.arena_bytes(itemsize) for group in weights.groups() if group.can_keep_arena)
 
 
 def workspace_bytes(weights: LayerWeights, num_tokens: int, itemsize: int) -> int:

@@ -8,8 +8,9 @@ each forward and in each backward, and then freed.
 the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and each
 forward writes only the adapters again.
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
-computed when it is first used. X and dY are quantised row by row, together with the adapter columns
-(X A^T or G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
+computed when it is first used, or kept where memory is free. X and dY are quantised row by row,
+together with the adapter columns (X A^T or G). X A^T, G and the adapters' gradients are computed by
+bf16 GEMMs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import torch
 from torch import Tensor
 
 from tuneline.kernels.ops.copy_rows import copy_rows
-from tuneline.kernels.ops.fp8 import nf4_to_fp8, quantize_rows, scaled_mm
+from tuneline.kernels.ops.fp8 import (
+    LARGEST,
+    Side,
+    nf4_to_fp8,
+    quantize_rows,
+    quantize_side,
+    scaled_mm,
+)
 from tuneline.kernels.ops.lora import LoraGroup, pack
 from tuneline.kernels.ops.nf4 import NF4Weight, dequantize_nf4
 
@@ -33,7 +41,7 @@ def group_operands(group: LoraGroup, like: Tensor, *, packs: bool = True) -> Ope
             them and they have not changed since.
     """
     if group.largest is not None:
-        return Fp8Operands(group, like)
+        return Fp8Operands(group, like, packs=packs)
     weights = [linear.weight for linear in group.linears]
     stored = [w for w in weights if isinstance(w, Tensor) and w.dtype == like.dtype]
     if group.num_columns == 0 and len(stored) == len(weights):
@@ -100,7 +108,7 @@ class WideOperands:
         num_out, num_in, num_columns = group.num_out, group.num_in, group.num_columns
         self._group = group
         kept = group.place.arena
-        self._arena = self._dequantised(like) if kept is None else kept
+        self._arena = kept if isinstance(kept, Tensor) else self._dequantised(like)
         if group.place.is_kept:
             group.place.arena = self._arena
         if num_columns and (packs or kept is None):
@@ -179,22 +187,99 @@ class WideOperands:
         return torch.mm(dy_TN, self._arena[:num_out, num_in:]) if self._group.rank else None
 
 
+class Fp8Arena:
+    """A group's weights and adapters for Fp8Operands; V8 and W8 are written when first asked for.
+
+    They have one scale, which the adapters do not change. So a kept arena is converted once, and
+    then only the columns of the adapters are written again.
+    """
+
+    def __init__(self, group: LoraGroup, like: Tensor) -> None:
+        """Allocate the adapters in the dtype of `like`."""
+        assert group.largest is not None
+        self._group, self._largest = group, group.largest
+        self.sb_NP = like.new_empty(group.num_out, group.num_columns)
+        self.a_PK = like.new_empty(group.num_columns, group.num_in)
+        num_rows = max(group.num_out, group.num_in)
+        self._scales = (self._largest / LARGEST).expand(num_rows).contiguous()
+        self._peaks = torch.zeros(2, dtype=torch.float32, device=like.device)
+        self._w8: Tensor | None = None
+        self._v8: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, without the scales and peaks."""
+        parts = (self.sb_NP, self.a_PK, self._w8, self._v8)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def pack(self) -> None:
+        """Write the adapters, also beside the weights that are there."""
+        self._peaks.zero_()
+        pack(self._group, self.sb_NP, self.a_PK, self._peaks)
+        if self._w8 is not None:
+            self._write_side(self._w8)
+        if self._v8 is not None:
+            self._write_side(self._v8, transposed=True)
+
+    def input_side(self, xa_TP: Tensor) -> Side:
+        """Return X A^T as the columns beside X."""
+        return Side(xa_TP, self._peaks[0], self._largest)
+
+    def gradient_side(self, g_TP: Tensor) -> Side:
+        """Return G as the columns beside dY."""
+        return Side(g_TP, self._peaks[1], self._largest)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return W8 with its adapters [N, K + P], and the scale of each row."""
+        if self._w8 is None:
+            self._w8 = self._converted(transposed=False)
+        return self._w8, self._scales[: self._group.num_out]
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Return V8 with its adapters [K, N + P], and the scale of each row."""
+        if self._v8 is None:
+            self._v8 = self._converted(transposed=True)
+        return self._v8, self._scales[: self._group.num_in]
+
+    def _converted(self, *, transposed: bool) -> Tensor:
+        group = self._group
+        sides = (group.num_in, group.num_out) if transposed else (group.num_out, group.num_in)
+        size = sides[0], sides[1] + group.num_columns
+        operand = self.sb_NP.new_empty(size, dtype=torch.float8_e4m3fn)
+        start = 0
+        for linear in group.linears:
+            assert isinstance(linear.weight, NF4Weight)
+            part = slice(start, start + linear.num_out)
+            out = operand[:, part] if transposed else operand[part, : group.num_in]
+            nf4_to_fp8(linear.weight, self._largest, out=out, transposed=transposed)
+            start += linear.num_out
+        self._write_side(operand, transposed=transposed)
+        return operand
+
+    def _write_side(self, operand: Tensor, *, transposed: bool = False) -> None:
+        side, peak = (self.a_PK.t(), 1) if transposed else (self.sb_NP, 0)
+        out = operand[:, -self._group.num_columns :]
+        quantize_side(side, peak=self._peaks[peak], largest=self._largest, out=out)
+
+
 class Fp8Operands:
     """Operands in e4m3; every group of this kind has NF4 weights, an adapter and no bias."""
 
-    def __init__(self, group: LoraGroup, like: Tensor) -> None:
+    def __init__(self, group: LoraGroup, like: Tensor, *, packs: bool) -> None:
         """Pack the adapters; the weights are converted to e4m3 when they are first used."""
-        self._group = group
-        self._sb_NP = like.new_empty(group.num_out, group.num_columns)
-        self._a_PK = like.new_empty(group.num_columns, group.num_in)
-        pack(group, self._sb_NP, self._a_PK)
-        self._forward: tuple[Tensor, Tensor] | None = None
-        self._backward: tuple[Tensor, Tensor] | None = None
+        self._num_in = group.num_in
+        kept = group.place.arena
+        self._arena = kept if isinstance(kept, Fp8Arena) else Fp8Arena(group, like)
+        if packs or kept is None:
+            self._arena.pack()
+        if group.place.is_kept and kept is None:
+            group.place.arena = self._arena
+            # Now, because a backward may be captured in a graph, whose memory is not kept.
+            self._arena.rows(), self._arena.columns()
 
     def write_lora_columns(self, x_TKP: Tensor) -> None:
         """Fill the last P columns of X' with X A^T."""
-        num_in = self._group.num_in
-        torch.mm(x_TKP[:, :num_in], self._a_PK.t(), out=x_TKP[:, num_in:])
+        torch.mm(x_TKP[:, : self._num_in], self._arena.a_PK.t(), out=x_TKP[:, self._num_in :])
 
     def forward(
         self,
@@ -205,55 +290,26 @@ class Fp8Operands:
         out: Tensor | None = None,
     ) -> Tensor:
         """Return Y = X' W'^T [T, N], or residual + scale * Y; `out` may be the residual."""
-        if self._forward is None:
-            self._forward = self._weight_rows()
-        x8, scale_T = quantize_rows(x_TKP)
+        w8, w_scale_N = self._arena.rows()
+        side = self._arena.input_side(x_TKP[:, self._num_in :])
+        x8, scale_T = quantize_rows(x_TKP[:, : self._num_in], side)
         if residual_TN is None:
-            return scaled_mm(x8, scale_T, *self._forward, dtype=x_TKP.dtype, out=out)
-        y_TN = scaled_mm(x8, scale_T, *self._forward, dtype=x_TKP.dtype)
+            return scaled_mm(x8, scale_T, w8, w_scale_N, dtype=x_TKP.dtype, out=out)
+        y_TN = scaled_mm(x8, scale_T, w8, w_scale_N, dtype=x_TKP.dtype)
         return torch.add(residual_TN, y_TN, alpha=scale, out=y_TN if out is None else out)
 
     def input_gradient(
         self, dy_TN: Tensor, room_TNP: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return dX [T, K] and G = dY (sB) [T, P]; `room_TNP` is unused, as dY is quantised."""
-        if self._backward is None:
-            self._backward = self._weight_columns()
-        g_TP = torch.mm(dy_TN, self._sb_NP)
-        dy8, scale = quantize_rows(dy_TN, side_TP=g_TP)
-        return scaled_mm(dy8, scale, *self._backward, dtype=dy_TN.dtype), g_TP
+        v8, v_scale_K = self._arena.columns()
+        g_TP = self.lora_gradient(dy_TN)
+        dy8, scale_T = quantize_rows(dy_TN, self._arena.gradient_side(g_TP))
+        return scaled_mm(dy8, scale_T, v8, v_scale_K, dtype=dy_TN.dtype), g_TP
 
     def lora_gradient(self, dy_TN: Tensor) -> Tensor:
         """Return G without dX."""
-        return torch.mm(dy_TN, self._sb_NP)
-
-    def _weight_rows(self) -> tuple[Tensor, Tensor]:
-        group = self._group
-        w8 = self._sb_NP.new_empty(
-            group.num_out, group.num_in + group.num_columns, dtype=torch.float8_e4m3fn
-        )
-        _, scale_N = quantize_rows(self._sb_NP, floor=group.largest, out=w8[:, group.num_in :])
-        row = 0
-        for linear in group.linears:
-            rows = slice(row, row + linear.num_out)
-            assert isinstance(linear.weight, NF4Weight)
-            nf4_to_fp8(linear.weight, scale_N[rows], out=w8[rows, : group.num_in])
-            row += linear.num_out
-        return w8, scale_N
-
-    def _weight_columns(self) -> tuple[Tensor, Tensor]:
-        group = self._group
-        v8 = self._sb_NP.new_empty(
-            group.num_in, group.num_out + group.num_columns, dtype=torch.float8_e4m3fn
-        )
-        _, scale_K = quantize_rows(self._a_PK.t(), floor=group.largest, out=v8[:, group.num_out :])
-        row = 0
-        for linear in group.linears:
-            columns = slice(row, row + linear.num_out)
-            assert isinstance(linear.weight, NF4Weight)
-            nf4_to_fp8(linear.weight, scale_K, out=v8[:, columns], transposed=True)
-            row += linear.num_out
-        return v8, scale_K
+        return torch.mm(dy_TN, self._arena.sb_NP)
 
 
 Operands = StoredOperands | WideOperands | Fp8Operands

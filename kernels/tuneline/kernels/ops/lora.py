@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import triton
@@ -69,13 +69,21 @@ class LoraLinear:
         return 0 if self.adapter is None else self.adapter[0].shape[0]
 
 
+class Arena(Protocol):
+    """A group's weights and adapters as GEMM operands (operands.py)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+
+
 @dataclass(slots=True)
 class ArenaPlace:
     """Where a group's arena (operands.py) stays between forwards and backwards."""
 
     is_kept: bool = False
     """Whether the arena stays; otherwise each forward and backward dequantises a new one."""
-    arena: Tensor | None = None
+    arena: Arena | None = None
 
     def keep(self, is_kept: bool) -> None:
         """Keep the next arena, or free the one that is kept."""
@@ -126,9 +134,15 @@ class LoraGroup:
 
     @property
     def can_keep_arena(self) -> bool:
-        """Whether a kept arena spares work: the weights are NF4 and are not computed in fp8."""
-        is_nf4 = all(isinstance(linear.weight, NF4Weight) for linear in self.linears)
-        return is_nf4 and self.largest is None
+        """Whether a kept arena spares work: all weights are NF4."""
+        return all(isinstance(linear.weight, NF4Weight) for linear in self.linears)
+
+    def arena_bytes(self, itemsize: int) -> int:
+        """Return the bytes of the arena, for activations of `itemsize` bytes."""
+        N, K, P = self.num_out, self.num_in, self.num_columns
+        if self.largest is None:
+            return itemsize * (N + P) * (K + P)
+        return 2 * N * K + (itemsize + 1) * P * (N + K)
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
         """Return the diagonal blocks of dY^T (X A^T): [N, r] of each linear."""
@@ -196,7 +210,7 @@ class LoraGradients:
 def _pack_kernel(
     sb_ptr, a_ptr, a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr,
     bias0_ptr, bias1_ptr, bias2_ptr, n0, n1, n2, s0, s1, s2,
-    num_in, sb_stride, a_stride, num_row_blocks,
+    num_in, sb_stride, a_stride, num_row_blocks, peaks_ptr, HAS_PEAKS: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr,
@@ -236,6 +250,8 @@ def _pack_kernel(
             value += tl.where((p == R0 + R1 + R2)[None, :], bias[:, None], 0.0)
         out = sb_ptr + row[:, None].to(tl.int64) * sb_stride + p[None, :]
         tl.store(out, value.to(sb_ptr.dtype.element_ty), (row < num_out)[:, None])
+        if HAS_PEAKS:
+            tl.atomic_max(peaks_ptr, tl.max(tl.abs(value)))
     else:
         # Triton 3.6 requires one type for a name that both branches bind, so the names differ here.
         column = (pid - num_row_blocks) * BLOCK + block
@@ -260,6 +276,8 @@ def _pack_kernel(
             )
         a_out = a_ptr + p[:, None].to(tl.int64) * a_stride + column[None, :]
         tl.store(a_out, a_value.to(a_ptr.dtype.element_ty), inside)
+        if HAS_PEAKS:
+            tl.atomic_max(peaks_ptr + 1, tl.max(tl.abs(a_value)))
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -269,10 +287,17 @@ def mm_wide(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
-    """Write blockdiag(s B) and the bias into sb [N, P] and A into a [P, K]; the rest is zeros."""
+def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor, peaks: Tensor | None = None) -> None:
+    """Write blockdiag(s B) and the bias into sb [N, P] and A into a [P, K]; the rest is zeros.
+
+    Args:
+        group: The linears.
+        sb_NP: Where s B is written.
+        a_PK: Where A is written.
+        peaks: Two zeros in float32, which become max |s B| and max |A|; None: not computed.
+    """
     if not use_kernel(sb_NP):
-        pack_reference(group, sb_NP, a_PK)
+        pack_reference(group, sb_NP, a_PK, peaks)
         return
     absent = LoraLinear(weight=sb_NP, num_out=0, num_in=group.num_in)
     linears = group.linears + (absent,) * (MAX_LINEARS - len(group.linears))
@@ -293,6 +318,8 @@ def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
         sb_NP.stride(0),
         a_PK.stride(0),
         num_row_blocks,
+        sb_NP if peaks is None else peaks,
+        peaks is not None,
         *(x.rank for x in linears),
         *(x.bias is not None for x in linears),
         P=group.num_columns,
@@ -300,7 +327,9 @@ def pack(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
     )
 
 
-def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
+def pack_reference(
+    group: LoraGroup, sb_NP: Tensor, a_PK: Tensor, peaks: Tensor | None = None
+) -> None:
     """Compute `pack` in plain torch; same arguments."""
     sb_NP.zero_()
     a_PK.zero_()
@@ -316,6 +345,8 @@ def pack_reference(group: LoraGroup, sb_NP: Tensor, a_PK: Tensor) -> None:
             sb_NP[rows, group.rank] = linear.bias
         row += linear.num_out
         column += linear.rank
+    if peaks is not None:
+        peaks.copy_(torch.stack([sb_NP.abs().max(), a_PK.abs().max()]))
 
 
 def group_reference(x_TK: Tensor, group: LoraGroup, weights: Sequence[Tensor]) -> Tensor:
