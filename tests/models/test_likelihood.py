@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -157,3 +158,76 @@ def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
     for pair in pairs:
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
+class ReadValues(TorchDispatchMode):
+    """Counts the values that the host reads from tensors."""
+
+    num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_scores_only_after_the_last_batch(packed_rows):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(5), tokens(3)) for _ in range(6)]
+    reads = ReadValues()
+
+    class Watched(Batches):
+        def run(self, *args, **kwargs):
+            with reads:
+                results = super().run(*args, **kwargs)
+                assert reads.num_reads == 0
+                assert float(results[0][0].sum()) < 0 and reads.num_reads == 1
+            return results
+
+    scores = likelihood.score_answers(model, pairs, batches=Watched(max_items=2))
+    assert len(packed_rows) == 3 and reads.num_reads == 1
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+    assert likelihood.score_answers(model, [], batches=Batches()) == {}
+
+
+def test_scores_of_earlier_batches_outlive_a_lack_of_memory(packed_rows, monkeypatch):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(5), tokens(3)) for _ in range(6)]
+    calls = []
+
+    def scarce(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of_tokens(*args)
+
+    of_tokens = likelihood._of_tokens
+    monkeypatch.setattr(likelihood, "_of_tokens", scarce)
+    scores = likelihood.score_answers(model, pairs, batches=Batches(max_items=4, max_tokens=32))
+    # The second batch of two is divided.
+    assert [len(sequences) for sequences in packed_rows] == [4, 2, 1, 1]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_no_batch_on_a_gpu():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 256, "head_dim": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to("cuda", torch.bfloat16).eval()
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    batch = [(tokens(60 + count), [tokens(40)]) for count in range(4)]
+    with likelihood._fused_layers(model) as fused:
+        expected = likelihood._score_batch(model, fused, batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = likelihood._score_batch(model, fused, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert fused is not None
+    for ours, first in zip(found, expected, strict=True):
+        assert torch.equal(ours[0], first[0]) and torch.equal(ours[1], first[1])
