@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from tuneline.kernels.inference import FusedInference, fused_inference
+from tuneline.kernels.ops import cross_entropy
 from tuneline.models import likelihood
 from tuneline.models.batches import Batches
 
@@ -76,7 +77,7 @@ def test_batches_equal_sequences_alone(name, monkeypatch):
     pairs.append((pairs[0][0], (likeliest,)))
     pairs.append((tokens(6), tokens(1)))
     # Logits of seven tokens at a time.
-    monkeypatch.setattr(likelihood, "_NUM_LOGITS", 7 * 61)
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 7 * 61 * 4)
     for batches in (Batches(max_items=1), Batches(max_tokens=90), Batches(max_items=9)):
         scores = likelihood.score_answers(model, pairs, batches=batches)
         assert list(scores) and set(scores) == set(pairs)
@@ -127,8 +128,20 @@ def packed_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, packed_rows):
+def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(
+    name, packed_rows, monkeypatch
+):
     model = random_model(name)
+    # Logits of seven tokens at a time, which the op of the kernels reads.
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 7 * 61 * 4)
+    read = []
+
+    def listed(logits, labels):
+        read.append(len(labels))
+        return label_log_probs(logits, labels)
+
+    label_log_probs = cross_entropy.label_log_probs
+    monkeypatch.setattr(cross_entropy, "label_log_probs", listed)
     tokens = tokens_from(torch.Generator().manual_seed(1))
     pairs = [(tokens(prompt), tokens(answer)) for prompt, answer in ((9, 7), (1, 4), (12, 1))]
     # Answers of one token share their prompt's hidden state.
@@ -144,9 +157,10 @@ def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, pa
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
     assert not any("_tuneline" in key for module in model.modules() for key in vars(module))
-    num_calls = len(packed_rows)
+    num_calls = len(packed_rows), len(read)
+    assert read == [7, 7, 6]
     stock = likelihood.score_answers(model, pairs, batches=Batches(max_items=9), fuses=False)
-    assert len(packed_rows) == num_calls and stock.keys() == scores.keys()
+    assert (len(packed_rows), len(read)) == num_calls and stock.keys() == scores.keys()
 
 
 def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
@@ -198,11 +212,11 @@ def test_scores_of_earlier_batches_outlive_a_lack_of_memory(packed_rows, monkeyp
     pairs = [(tokens(5), tokens(3)) for _ in range(6)]
     calls = []
 
-    def scarce(*args):
+    def scarce(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return of_tokens(*args)
+        return of_tokens(*args, **kwargs)
 
     of_tokens = likelihood._of_tokens
     monkeypatch.setattr(likelihood, "_of_tokens", scarce)

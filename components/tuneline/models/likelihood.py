@@ -46,8 +46,8 @@ hundredths, also where both models are computed in 16 bits or more."""
 _WORTH_SHARING = 1024
 """Number of tokens that need not be computed from which it is worth to compute a shared beginning
 by itself."""
-_NUM_LOGITS = 2**26
-"""Number of logits that are computed at a time: 256 MiB in float32."""
+_LOGITS_BYTES = 2**28
+"""Size of the logits that are computed at a time: 256 MiB."""
 
 
 def num_same_choices(reference_TV: torch.Tensor, tested_TV: torch.Tensor) -> int:
@@ -98,7 +98,7 @@ def score_answers(
     found = [(prompt, answer) for prompt, group in items for answer in group]
     lengths = [len(answer) for _, answer in found]
     log_probs, greedy = (
-        torch.cat(parts).cpu().split(lengths) for parts in zip(*scored, strict=True)
+        torch.split(torch.cat(parts).cpu(), lengths) for parts in zip(*scored, strict=True)
     )
     scores = (
         (float(nats.sum()), bool(same.all())) for nats, same in zip(log_probs, greedy, strict=True)
@@ -140,9 +140,12 @@ def _score_batch(
     else:
         hidden_NH = _cached_hidden(model, batch, num_shared)
     ids_N = torch.tensor([token for _, group in batch for answer in group for token in answer])
-    log_probs_N, greedy_N = _of_tokens(model, hidden_NH, to_device(ids_N, model.device))
+    log_probs_N, greedy_N = _of_tokens(
+        model, hidden_NH, to_device(ids_N, model.device), fused=fused is not None
+    )
     counts = [sum(map(len, group)) for _, group in batch]
-    return list(zip(log_probs_N.split(counts), greedy_N.split(counts), strict=True))
+    parts = torch.split(log_probs_N, counts), torch.split(greedy_N, counts)
+    return list(zip(*parts, strict=True))
 
 
 def _is_packed(
@@ -224,18 +227,36 @@ def _num_shared(model: Any, prompts: list[Tokens]) -> int:
 
 
 def _of_tokens(
-    model: Any, hidden_NH: torch.Tensor, ids_N: torch.Tensor
+    model: Any, hidden_NH: torch.Tensor, ids_N: torch.Tensor, *, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log probability of each token, and whether it is the likeliest one."""
-    size = max(1, _NUM_LOGITS // model.config.get_text_config().vocab_size)
-    log_probs, greedy = [], []
+    """Return the log probability of each token in float32, and whether it is the likeliest one.
+
+    Args:
+        model: the causal language model.
+        hidden_NH: what its decoder returns where it predicts the tokens.
+        ids_N: the tokens.
+        fused: whether a kernel reads the logits once, in the model's dtype. Otherwise torch copies
+            them to float32.
+    """
+    log_probs_of, itemsize = _label_log_probs, 4
+    if fused:
+        # Imported here, because the kernels import Triton, which exists for Linux alone.
+        from tuneline.kernels.ops.cross_entropy import label_log_probs
+
+        log_probs_of, itemsize = label_log_probs, model.dtype.itemsize
+    size = max(1, _LOGITS_BYTES // (itemsize * model.config.get_text_config().vocab_size))
     parts = zip(torch.split(hidden_NH, size), torch.split(ids_N, size), strict=True)
-    for some_NH, some_N in parts:
-        logits_NV = _logits(model, some_NH)
-        greedy.append(logits_NV.argmax(-1) == some_N)
-        table_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
-        log_probs.append(table_NV.gather(-1, some_N[:, None])[:, 0])
-    return torch.cat(log_probs), torch.cat(greedy)
+    scores = [log_probs_of(_logits(model, some_NH), some_N) for some_NH, some_N in parts]
+    log_probs, greedy = (torch.cat(values) for values in zip(*scores, strict=True))
+    return log_probs, greedy
+
+
+def _label_log_probs(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `tuneline.kernels.ops.cross_entropy.label_log_probs` in plain torch."""
+    table = logits.log_softmax(-1, dtype=torch.float32)
+    return table.gather(-1, labels[:, None])[:, 0], logits.argmax(-1) == labels
 
 
 class _Given(torch.nn.Module):
