@@ -97,6 +97,8 @@ class ModelCall:
     head: HostHead | None = None
     head_at: int = 0
     """Index of the layer at which the copy of the head to the GPU begins."""
+    selects: bool = False
+    """Whether the last layer returns the hidden states of the selected tokens only."""
     addresses: tuple[Any, ...] = ()
     """What a graph of these layers depends on; see `graph_addresses`."""
 
@@ -126,10 +128,19 @@ class _Repeated:
     """Tokens of the longest sequence."""
 
 
-def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | None:
+def decide(
+    decoder: Any, plan: AttentionPlan, tokens: Tensor, selected_S: Tensor | None = None
+) -> ModelCall | None:
     """Bind the layers and decide how each runs.
 
     The last layers store their activations, because their backward runs first.
+
+    Args:
+        decoder: The patched stack of layers.
+        plan: The sequences of this forward.
+        tokens: Token IDs [B, L] or embeddings [B, L, H].
+        selected_S: Indices of the tokens of one row whose hidden states are wanted; None: all. No
+            family reads the others after the last layer's attention.
     """
     engine: Engine = decoder._tuneline_engine
     device, num_tokens = tokens.device, tokens.shape[0] * tokens.shape[1]
@@ -155,7 +166,11 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
     head_at = _head_at(engine.head, bound, plan, tokens)
     if not torch.is_grad_enabled():
         layers = {index: (weights, LayerCall(plan)) for index, weights in bound.items()}
-        return ModelCall(layers, head=engine.head, head_at=head_at)
+        end = len(decoder.layers) - 1
+        selects = selected_S is not None and end in layers
+        if selects:
+            layers[end] = bound[end], LayerCall(plan, selected_S=selected_S)
+        return ModelCall(layers, head=engine.head, head_at=head_at, selects=selects)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.
     graph_tokens = num_tokens if room is None else room.num_tokens

@@ -4,7 +4,8 @@
         if fused.takes(longest):
             hidden_states = fused.hidden_states(sequences, firsts)
 
-A packed row has neither padding nor a KV cache. The host does not wait for the device, so that it
+A packed row has neither padding nor a KV cache, and its last layer computes o_proj and the MLP only
+for the tokens whose hidden states are wanted. The host does not wait for the device, so that it
 prepares the next row while the device computes. Within the `with` statement every other forward of
 the model, such as one with a KV cache, is the stock one.
 
@@ -85,16 +86,15 @@ class FusedInference:
         positions_T = torch.cat([torch.arange(length) for length in lengths])
         firsts_T = torch.tensor(firsts).repeat_interleave(torch.tensor(lengths))
         wanted_N = (positions_T >= firsts_T).nonzero()[:, 0]
-        output = self._model.base_model(
+        hidden_states = self._model.base_model(
             input_ids=to_device(ids_T[None], device),
             position_ids=to_device(positions_T[None], device),
             sequence_starts=[0, *accumulate(lengths[:-1])],
+            selected=to_device(wanted_N, device),
             use_cache=False,
-        )
-        # A copy, so that the memory of all other tokens is freed.
-        hidden_states: Tensor = output.last_hidden_state[0, to_device(wanted_N, device)]
+        ).last_hidden_state
         counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
-        return hidden_states.split(counts)
+        return torch.split(hidden_states[0], counts)
 
 
 @functools.cache

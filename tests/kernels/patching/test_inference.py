@@ -17,12 +17,13 @@ FIRSTS = (7, 0, 2, 5, 0)
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """Return a list that grows by one entry per call of a fused layer."""
+    """Return a list that grows by the shapes of input and output per call of a fused layer."""
     calls = []
 
     def counted(*args):
-        calls.append(args[0].shape)
-        return fused_layer(*args)
+        output, routing = fused_layer(*args)
+        calls.append((args[0].shape[:2], output.shape[:2]))
+        return output, routing
 
     fused_layer = patching.fused_layer
     monkeypatch.setattr(patching, "fused_layer", counted)
@@ -74,8 +75,11 @@ def test_packed_rows_equal_sequences_alone(family, row_tokens, fused_calls, monk
     with fused_inference(model) as fused:
         assert fused.takes(13)
         found = fused.hidden_states(sequences(), FIRSTS)
-    lengths = [38] if row_tokens > 38 else [20, 13, 5]
-    assert [shape[:2] for shape in fused_calls] == [(1, n) for n in lengths for _ in range(2)]
+    # The last layer returns the wanted tokens only.
+    lengths = [(38, 24)] if row_tokens > 38 else [(20, 11), (13, 8), (5, 5)]
+    assert fused_calls == [
+        call for n, wanted in lengths for call in (((1, n), (1, n)), ((1, n), (1, wanted)))
+    ]
     assert_close(found, expected)
 
 
@@ -126,6 +130,18 @@ def test_all_other_forwards_are_the_stock_ones(fused_calls):
         assert_close([found], [logits])
         assert torch.equal(model.generate(input_ids=ids, **settings), tokens)
         assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize("stock_layers", [[1], [0, 1]])
+def test_tokens_are_selected_after_a_last_layer_that_runs_stock(stock_layers, fused_calls):
+    model = make_model()
+    for index in stock_layers:
+        model.model.layers[index].mlp.down_proj.register_forward_hook(lambda *args: None)
+    expected = alone(model)
+    with fused_inference(model) as fused:
+        found = fused.hidden_states(sequences(), FIRSTS)
+    assert fused_calls == [((1, 38), (1, 38))] * (2 - len(stock_layers))
+    assert_close(found, expected)
 
 
 def test_the_model_is_left_as_it_was():
