@@ -165,11 +165,12 @@ def decide(
         return None
     head_at = _head_at(engine.head, bound, plan, tokens)
     if not torch.is_grad_enabled():
-        layers = {index: (weights, LayerCall(plan)) for index, weights in bound.items()}
+        alike = LayerCall(plan, inference=engine.inference)
+        layers = {index: (weights, alike) for index, weights in bound.items()}
         end = len(decoder.layers) - 1
         selects = selected_S is not None and end in layers
         if selects:
-            layers[end] = bound[end], LayerCall(plan, selected_S=selected_S)
+            layers[end] = bound[end], replace(alike, selected_S=selected_S)
         return ModelCall(layers, head=engine.head, head_at=head_at, selects=selects)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.

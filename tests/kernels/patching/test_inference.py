@@ -9,6 +9,7 @@ from patch_cases import FAMILIES, SIZES, batch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from tuneline.kernels import inference, patching
+from tuneline.kernels.decoder import mlp_half
 from tuneline.kernels.inference import fused_inference, runs_fused
 from tuneline.kernels.patching import patch
 
@@ -81,6 +82,32 @@ def test_packed_rows_equal_sequences_alone(family, row_tokens, fused_calls, monk
         call for n, wanted in lengths for call in (((1, n), (1, n)), ((1, n), (1, wanted)))
     ]
     assert_close(found, expected)
+
+
+def test_chunks_of_the_mlp_are_larger_than_those_of_training(monkeypatch):
+    monkeypatch.setattr(mlp_half, "MLP_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(mlp_half, "INFERENCE_MLP_CHUNK_TOKENS", 16)
+    sizes = []
+
+    def counted(gate_up, *args, **kwargs):
+        sizes.append(len(gate_up))
+        return forward(gate_up, *args, **kwargs)
+
+    forward = mlp_half.gated_activation_forward
+    monkeypatch.setattr(mlp_half, "gated_activation_forward", counted)
+    model = make_model()
+    expected = alone(model)
+    with fused_inference(model) as fused:
+        found = fused.hidden_states(sequences(), FIRSTS)
+    # 38 tokens in the first layer, 24 in the last one.
+    assert sizes == [13, 13, 12, 12, 12]
+    assert_close(found, expected)
+    sizes.clear()
+    model.requires_grad_(False)
+    patch(model.train())
+    with torch.no_grad():
+        model.model(input_ids=batch(1, 24)["input_ids"], use_cache=False)
+    assert sizes == [8] * 6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])

@@ -99,6 +99,8 @@ class LayerCall:
     in host memory, arrives on the device meanwhile."""
     handover: Handover | None = None
     """Shared by all layers of a forward."""
+    inference: bool = False
+    """Whether the MLP's forward runs over the larger chunks of inference."""
     selected_S: Tensor | None = None
     """Indices of the tokens whose y is computed, for a forward of one row without gradients; None:
     all tokens."""
@@ -210,6 +212,7 @@ def layer_forward(
             keep_normed=call.keep_normed,
             overwrite=not wanted.branch,
             narrow=call.narrow,
+            inference=call.inference,
         )
         mlp_saved: list[Tensor | None] = [down_input_TP, gate_up_TF]
         if d_TC is not None:
