@@ -163,6 +163,21 @@ def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(
     assert (len(packed_rows), len(read)) == num_calls and stock.keys() == scores.keys()
 
 
+def test_rows_of_any_length_share_a_batch_if_they_are_packed(packed_rows):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(count), tokens(count)) for count in (12, 8, 5, 3, 2)]
+    # Two long answers to a prompt are computed with a cache, for which rows are padded.
+    prompt = tokens(30)
+    pairs += [(prompt, tokens(3)), (prompt, tokens(3))]
+    batches = Batches(max_tokens=120, enough_tokens=16)
+    scores = likelihood.score_answers(model, pairs, batches=batches)
+    assert [sorted(map(len, sequences)) for sequences in packed_rows] == [[3, 5, 9, 15, 23]]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
 def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
     model = random_model("llama")
     tokens = tokens_from(torch.Generator().manual_seed(1))

@@ -88,12 +88,18 @@ def score_answers(
     items.sort(key=lambda item: (_longest(item[1]), item[0]))
     if not items:
         return {}
+    longest = max(len(prompt) + _longest(group) for prompt, group in items)
     with _fused_layers(model) if fuses else nullcontext() as fused:
+        takes_all = fused is not None and fused.takes(longest)
+
+        def size_of(item: Item) -> Size:
+            prompt, group = item
+            inputs = {(prompt, answer[:-1]) for answer in group}
+            is_padded = not (takes_all and _packs(inputs, [item]))
+            return Size(len(group), len(prompt) + _longest(group), is_padded)
+
         scored = batches.run(
-            items,
-            lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
-            lambda batch: _score_batch(model, fused, batch),
-            called="prompts",
+            items, size_of, lambda batch: _score_batch(model, fused, batch), called="prompts"
         )
     found = [(prompt, answer) for prompt, group in items for answer in group]
     lengths = [len(answer) for _, answer in found]
@@ -130,7 +136,8 @@ def _score_batch(
         for answer in group
     ]
     num_shared = _num_shared(model, [prompt for prompt, _ in batch])
-    if fused is not None and _is_packed(fused, places, batch, num_shared):
+    longest = max(len(prompt) + len(answer) for prompt, answer in places)
+    if fused is not None and _packs(places, batch, num_shared) and fused.takes(longest):
         states = fused.hidden_states(
             [prompt + answer for prompt, answer in places],
             [len(prompt) - 1 for prompt, _ in places],
@@ -148,16 +155,14 @@ def _score_batch(
     return list(zip(*parts, strict=True))
 
 
-def _is_packed(
-    fused: "FusedInference", inputs: Collection[Pair], batch: list[Item], num_shared: int
-) -> bool:
+def _packs(inputs: Collection[Pair], batch: list[Item], num_shared: int = 0) -> bool:
     """Return whether packed rows have no more tokens than padded batches with a cache."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in inputs]
+    num_packed = sum(len(prompt) + len(answer) for prompt, answer in inputs)
     num_prompt = max(len(prompt) for prompt, _ in batch) - num_shared
     num_continued = max(len(answer) for _, answer in inputs)
     num_answers = sum(len(group) for _, group in batch)
     num_padded = num_shared + len(batch) * num_prompt + num_answers * num_continued
-    return sum(lengths) <= num_padded and fused.takes(max(lengths))
+    return num_packed <= num_padded
 
 
 def _cached_hidden(model: Any, batch: list[Item], num_shared: int) -> torch.Tensor:
