@@ -165,12 +165,16 @@ def decide(
         return None
     head_at = _head_at(engine.head, bound, plan, tokens)
     if not torch.is_grad_enabled():
-        alike = LayerCall(plan, inference=engine.inference)
-        layers = {index: (weights, alike) for index, weights in bound.items()}
-        end = len(decoder.layers) - 1
+        layers, end = {}, len(decoder.layers) - 1
+        for index, weights in bound.items():
+            of_layer = LayerCall(
+                plan,
+                inference=engine.inference,
+                overwrites=engine.inference and _is_only_reader(decoder, index),
+                selected_S=selected_S if index == end else None,
+            )
+            layers[index] = weights, of_layer
         selects = selected_S is not None and end in layers
-        if selects:
-            layers[end] = bound[end], replace(alike, selected_S=selected_S)
         return ModelCall(layers, head=engine.head, head_at=head_at, selects=selects)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.
@@ -246,6 +250,17 @@ def decide(
     call = ModelCall(layers, engine.graphs, addresses=addresses)
     engine.repeated[form] = _Repeated(call, kept, longest)
     return call
+
+
+def _is_only_reader(decoder: Any, index: int) -> bool:
+    """Return whether nothing but a layer reads its input.
+
+    The caller may hold the input of the first layer, and a hook that of any layer.
+    """
+    layer, before = decoder.layers[index], decoder.layers[index - 1]
+    return index > 0 and not (
+        layer._forward_pre_hooks or layer._forward_hooks or before._forward_hooks
+    )
 
 
 def _head_at(

@@ -9,7 +9,7 @@ from patch_cases import FAMILIES, SIZES, batch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from tuneline.kernels import inference, patching
-from tuneline.kernels.decoder import mlp_half
+from tuneline.kernels.decoder import attention_half, mlp_half
 from tuneline.kernels.inference import fused_inference, runs_fused
 from tuneline.kernels.patching import patch
 
@@ -134,6 +134,33 @@ def test_padding_on_the_right_runs_fused_and_on_the_left_stock(fused_calls):
         assert len(fused_calls) == 2
     assert_close([found[mask == 1]], [right[mask == 1]])
     assert not torch.equal(found, right)
+
+
+@torch.inference_mode()
+def test_layers_write_over_their_input_unless_others_may_read_it(monkeypatch):
+    copies = []
+
+    def counted(x, *args):
+        copies.append(x.shape)
+        return residual_copy(x, *args)
+
+    residual_copy = attention_half.residual_copy
+    monkeypatch.setattr(attention_half, "residual_copy", counted)
+    model = make_model(num_hidden_layers=3)
+    embeddings = model.model.embed_tokens(batch()["input_ids"])
+    arguments = {"inputs_embeds": embeddings, "use_cache": False}
+    # A copy, because transformers records hidden states with hooks that it leaves behind.
+    expected = copy.deepcopy(model).model(**arguments, output_hidden_states=True)
+    before, seen = embeddings.clone(), []
+    with fused_inference(model):
+        found = [model.model(**arguments)[0]]
+        # Only the first layer copies its input.
+        assert len(copies) == 1
+        model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(output))
+        found.append(model.model(**arguments)[0])
+        assert len(copies) == 3
+    assert torch.equal(embeddings, before)
+    assert_close(found + seen, [expected[0]] * 2 + [expected.hidden_states[1]])
 
 
 def test_all_other_forwards_are_the_stock_ones(fused_calls):

@@ -86,7 +86,9 @@ def complete(
     sin: Tensor,
     weights: LayerWeights,
     plan: AttentionPlan,
+    *,
     selected_S: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Compute the intermediates that `half` lacks, and return x2.
 
@@ -99,12 +101,13 @@ def complete(
         weights: The layer's weights and adapters.
         plan: The sequences of this forward.
         selected_S: Indices of the tokens whose x2 is returned; None: all tokens.
+        overwrite: Write x2 over x. This is ignored in a layer with a norm after o_proj.
     """
     rotated = half.qkv_TN is not None and weights.q_norm is None
     group, norm = weights.o, weights.after_attention_norm
     copy_TC: Tensor | None = None
     if half.qkv_TN is None:
-        if half.branch_TC is None and norm is None and selected_S is None:
+        if half.branch_TC is None and norm is None and selected_S is None and not overwrite:
             copy_TC = residual_copy(x_TC, group)
         operands = group_operands(weights.qkv, x_TC)
         half.normed = normed_input(
@@ -133,12 +136,14 @@ def complete(
         if selected_S is not None:
             half.o_input_TKP = half.o_input_TKP.index_select(0, selected_S)
             x_TC = x_TC.index_select(0, selected_S)
-            copy_TC = x_TC if norm is None else None
+            overwrite = True
         half.o_operands = group_operands(group, x_TC)
         half.o_operands.write_lora_columns(half.o_input_TKP)
     if half.branch_TC is None:
         if half.o_operands is None:
             half.o_operands = group_operands(group, x_TC)
+        if overwrite and norm is None:
+            copy_TC = x_TC
         residual_TC = x_TC if copy_TC is None else copy_TC
         half.branch_TC = half.o_operands.forward(
             half.o_input_TKP,

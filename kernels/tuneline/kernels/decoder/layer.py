@@ -101,6 +101,8 @@ class LayerCall:
     """Shared by all layers of a forward."""
     inference: bool = False
     """Whether the MLP's forward runs over the larger chunks of inference."""
+    overwrites: bool = False
+    """Whether the layer may write over x, because nothing reads x after it; without gradients."""
     selected_S: Tensor | None = None
     """Indices of the tokens whose y is computed, for a forward of one row without gradients; None:
     all tokens."""
@@ -188,7 +190,10 @@ def layer_forward(
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
-    x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan, call.selected_S)
+    x2_TC = complete(
+        half, x_TC, x_BLC.shape, cos, sin, weights, call.plan,
+        selected_S=call.selected_S, overwrite=call.overwrites,
+    )  # fmt: skip
     normed = half.normed if call.keep_normed else None
     attention_saved = half.attention_saved if wanted.output else ()
     parkable: list[Any] = [x_BLC]
