@@ -222,12 +222,19 @@ KERNELS = {
         dict(C=2048, TOP_K=8, WEIGHTED=True, RESIDUAL=True, BLOCK=1024), ROUTE_POINTERS, 4,
     ),
     "cross entropy": (
-        "cross_entropy", "_log_probs_kernel", dict(CAPPED=False, NEED_GRAD=True, BLOCK=8192),
-        {"labels_ptr": I64, "logp_ptr": F32}, 16,
+        "cross_entropy", "_log_probs_kernel",
+        dict(CAPPED=False, NEED_FIRST=False, NEED_GRAD=True, BLOCK=8192),
+        {"labels_ptr": I64, "logp_ptr": F32, "first_ptr": F32}, 16,
+    ),
+    "log probability of labels": (
+        "cross_entropy", "_log_probs_kernel",
+        dict(CAPPED=False, NEED_FIRST=True, NEED_GRAD=False, BLOCK=8192),
+        {"labels_ptr": I64, "logp_ptr": F32, "first_ptr": "*i1"}, 16,
     ),
     "cross entropy softcap": (
-        "cross_entropy", "_log_probs_kernel", dict(CAPPED=True, NEED_GRAD=True, BLOCK=8192),
-        {"labels_ptr": I64, "logp_ptr": F32}, 16,
+        "cross_entropy", "_log_probs_kernel",
+        dict(CAPPED=True, NEED_FIRST=False, NEED_GRAD=True, BLOCK=8192),
+        {"labels_ptr": I64, "logp_ptr": F32, "first_ptr": F32}, 16,
     ),
     "adamw": (
         "adamw", "_step_kernel", STEP | dict(EIGHT_BIT=False),

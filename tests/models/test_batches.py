@@ -11,8 +11,11 @@ from tuneline.models.batches import Batches, Size
 LENGTHS = [5, 9, 1, 7, 7, 2, 30, 4]
 
 
-def run(batches, room=10**9, lengths=LENGTHS):
-    """Return the results, and the lengths of each batch that had room."""
+def run(batches, room=10**9, lengths=LENGTHS, padded=LENGTHS):
+    """Return the results, and the lengths of each batch that had room.
+
+    Lengths in `padded` are those of padded items.
+    """
     computed = []
 
     def compute(batch):
@@ -21,7 +24,10 @@ def run(batches, room=10**9, lengths=LENGTHS):
         computed.append(batch)
         return [10 * length for length in batch]
 
-    results = batches.run(lengths, lambda length: Size(1, length), compute, called="numbers")
+    def size_of(length):
+        return Size(1, length, length in padded)
+
+    results = batches.run(lengths, size_of, compute, called="numbers")
     return results, computed
 
 
@@ -38,6 +44,10 @@ def test_batches_are_full_and_results_in_order():
     results, computed = run(Batches(max_tokens=21, enough_tokens=9))
     assert results == [10 * length for length in LENGTHS]
     assert computed == [[30], [9], [7, 7], [5, 4], [2, 1]]
+    # Items that are not padded share a batch with any item but a padded one that is not similar.
+    results, computed = run(Batches(max_tokens=21, enough_tokens=9), padded=[4, 2])
+    assert results == [10 * length for length in LENGTHS]
+    assert computed == [[30], [9, 7], [7, 5], [4, 2, 1]]
 
 
 def test_items_of_several_rows_count_all_of_them():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from tuneline.kernels.inference import FusedInference, fused_inference
+from tuneline.kernels.ops import cross_entropy
 from tuneline.models import likelihood
 from tuneline.models.batches import Batches
 
@@ -75,7 +77,7 @@ def test_batches_equal_sequences_alone(name, monkeypatch):
     pairs.append((pairs[0][0], (likeliest,)))
     pairs.append((tokens(6), tokens(1)))
     # Logits of seven tokens at a time.
-    monkeypatch.setattr(likelihood, "_NUM_LOGITS", 7 * 61)
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 7 * 61 * 4)
     for batches in (Batches(max_items=1), Batches(max_tokens=90), Batches(max_items=9)):
         scores = likelihood.score_answers(model, pairs, batches=batches)
         assert list(scores) and set(scores) == set(pairs)
@@ -126,8 +128,20 @@ def packed_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, packed_rows):
+def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(
+    name, packed_rows, monkeypatch
+):
     model = random_model(name)
+    # Logits of seven tokens at a time, which the op of the kernels reads.
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 7 * 61 * 4)
+    read = []
+
+    def listed(logits, labels):
+        read.append(len(labels))
+        return label_log_probs(logits, labels)
+
+    label_log_probs = cross_entropy.label_log_probs
+    monkeypatch.setattr(cross_entropy, "label_log_probs", listed)
     tokens = tokens_from(torch.Generator().manual_seed(1))
     pairs = [(tokens(prompt), tokens(answer)) for prompt, answer in ((9, 7), (1, 4), (12, 1))]
     # Answers of one token share their prompt's hidden state.
@@ -143,9 +157,25 @@ def test_fused_layers_compute_prompts_with_their_answers_in_packed_rows(name, pa
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
     assert not any("_tuneline" in key for module in model.modules() for key in vars(module))
-    num_calls = len(packed_rows)
+    num_calls = len(packed_rows), len(read)
+    assert read == [7, 7, 6]
     stock = likelihood.score_answers(model, pairs, batches=Batches(max_items=9), fuses=False)
-    assert len(packed_rows) == num_calls and stock.keys() == scores.keys()
+    assert (len(packed_rows), len(read)) == num_calls and stock.keys() == scores.keys()
+
+
+def test_rows_of_any_length_share_a_batch_if_they_are_packed(packed_rows):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(count), tokens(count)) for count in (12, 8, 5, 3, 2)]
+    # Two long answers to a prompt are computed with a cache, for which rows are padded.
+    prompt = tokens(30)
+    pairs += [(prompt, tokens(3)), (prompt, tokens(3))]
+    batches = Batches(max_tokens=120, enough_tokens=16)
+    scores = likelihood.score_answers(model, pairs, batches=batches)
+    assert [sorted(map(len, sequences)) for sequences in packed_rows] == [[3, 5, 9, 15, 23]]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
 
 
 def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
@@ -157,3 +187,76 @@ def test_long_prompts_are_computed_once_for_several_long_answers(packed_rows):
     for pair in pairs:
         nats, greedy = alone(model, *pair)
         assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
+class ReadValues(TorchDispatchMode):
+    """Counts the values that the host reads from tensors."""
+
+    num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_scores_only_after_the_last_batch(packed_rows):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(5), tokens(3)) for _ in range(6)]
+    reads = ReadValues()
+
+    class Watched(Batches):
+        def run(self, *args, **kwargs):
+            with reads:
+                results = super().run(*args, **kwargs)
+                assert reads.num_reads == 0
+                assert float(results[0][0].sum()) < 0 and reads.num_reads == 1
+            return results
+
+    scores = likelihood.score_answers(model, pairs, batches=Watched(max_items=2))
+    assert len(packed_rows) == 3 and reads.num_reads == 1
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+    assert likelihood.score_answers(model, [], batches=Batches()) == {}
+
+
+def test_scores_of_earlier_batches_outlive_a_lack_of_memory(packed_rows, monkeypatch):
+    model = random_model("llama")
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    pairs = [(tokens(5), tokens(3)) for _ in range(6)]
+    calls = []
+
+    def scarce(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of_tokens(*args, **kwargs)
+
+    of_tokens = likelihood._of_tokens
+    monkeypatch.setattr(likelihood, "_of_tokens", scarce)
+    scores = likelihood.score_answers(model, pairs, batches=Batches(max_items=4, max_tokens=32))
+    # The second batch of two is divided.
+    assert [len(sequences) for sequences in packed_rows] == [4, 2, 1, 1]
+    for pair in pairs:
+        nats, greedy = alone(model, *pair)
+        assert scores[pair] == (pytest.approx(nats, abs=2e-4), greedy)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_no_batch_on_a_gpu():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 256, "head_dim": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to("cuda", torch.bfloat16).eval()
+    tokens = tokens_from(torch.Generator().manual_seed(1))
+    batch = [(tokens(60 + count), [tokens(40)]) for count in range(4)]
+    with likelihood._fused_layers(model) as fused:
+        expected = likelihood._score_batch(model, fused, batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = likelihood._score_batch(model, fused, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert fused is not None
+    for ours, first in zip(found, expected, strict=True):
+        assert torch.equal(ours[0], first[0]) and torch.equal(ours[1], first[1])

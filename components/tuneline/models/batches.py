@@ -32,7 +32,7 @@ _GPU = _Device(max_tokens=2**16, enough_tokens=2**14)
 _CPU = _Device(max_tokens=2**12, enough_tokens=2**9)
 _SIMILAR = 0.8
 """A batch that has enough tokens takes no further item whose length is less than this fraction of
-the longest one's, because it would be mostly padding."""
+the longest one's, because it would be mostly padding; unless no item of the batch is padded."""
 _USED_FRACTION = 0.6
 """Fraction of the free memory that a batch is meant to need; the estimate per token is rough."""
 _RESERVED_BYTES = 1 << 30
@@ -42,12 +42,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Size:
-    """Size of an item of a batch, whose sequences are padded to the longest one of the batch."""
+    """Size of an item of a batch; no sequence takes more room than the longest one of the batch."""
 
     num_rows: int
     """Number of sequences."""
     num_tokens: int
     """Tokens of the longest sequence."""
+    is_padded: bool = True
+    """Whether the sequences are padded to the longest one of the batch. Others can share a batch
+    with sequences of any length."""
 
 
 class Batches:
@@ -65,8 +68,8 @@ class Batches:
         Args:
             max_tokens: Tokens per batch, with padding. None: no limit.
             max_items: Items per batch. None: no limit.
-            enough_tokens: Tokens from which a batch has only items of similar length. None: a batch
-                takes items of any length.
+            enough_tokens: Tokens from which a batch has only items of similar length, if one of
+                them is padded. None: a batch takes items of any length.
         """
         self.max_tokens = max_tokens
         self._max_items = max_items
@@ -100,8 +103,8 @@ class Batches:
     ) -> list[Result]:
         """Compute a result for each item, and return the results in the order of the items.
 
-        Items of similar length are in the same batch, and the longest ones come first. If memory
-        runs out, this batch is divided, and further batches have half of its tokens at most.
+        Padded items of similar length are in the same batch, and the longest ones come first. If
+        memory runs out, this batch is divided, and further batches have half of its tokens at most.
 
         Args:
             items: The items.
@@ -134,13 +137,16 @@ class Batches:
     def _length_of_batch(self, sizes: Iterable[Size]) -> int:
         """Return how many of the next items, of which the first is the longest, form a batch."""
         count = num_rows = longest = 0
+        any_padded = False
         enough = math.inf if self._enough_tokens is None else self._enough_tokens
         most = math.inf if self.max_tokens is None else self.max_tokens
         for size in itertools.islice(sizes, self._max_items):
             longest = longest or size.num_tokens
-            is_padded = num_rows * longest >= enough and size.num_tokens < _SIMILAR * longest
+            any_padded |= size.is_padded
+            is_similar = size.num_tokens >= _SIMILAR * longest
+            wastes = any_padded and not is_similar and num_rows * longest >= enough
             num_rows += size.num_rows
-            if count and (is_padded or num_rows * longest > most):
+            if count and (wastes or num_rows * longest > most):
                 break
             count += 1
         return count

@@ -9,19 +9,23 @@ On a GPU, the layers of most families run fused (tuneline.kernels.inference) for
 answers share few tokens, e.g. one long answer per prompt, or several answers of one token. Prompts
 with their answers then form packed rows without padding or a key-value cache.
 
+The scores stay on the device until all batches have been launched. A GPU that the host asks for the
+scores of each batch would idle while the host prepares the next one.
+
 Shapes: P prompts, A answers to all prompts, S tokens of the longest prompt after the shared
 beginning, T tokens of the longest answer, N tokens of all answers, H hidden size, V tokens of the
 vocabulary.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from tuneline.kernels.to_device import to_device
 from tuneline.models.batches import Batches, Size
 
 if TYPE_CHECKING:
@@ -42,8 +46,8 @@ hundredths, also where both models are computed in 16 bits or more."""
 _WORTH_SHARING = 1024
 """Number of tokens that need not be computed from which it is worth to compute a shared beginning
 by itself."""
-_NUM_LOGITS = 2**26
-"""Number of logits that are computed at a time: 256 MiB in float32."""
+_LOGITS_BYTES = 2**28
+"""Size of the logits that are computed at a time: 256 MiB."""
 
 
 def num_same_choices(reference_TV: torch.Tensor, tested_TV: torch.Tensor) -> int:
@@ -82,18 +86,30 @@ def score_answers(
     items = [(prompt, list(group)) for prompt, group in answers.items()]
     # Prompts of similar length whose answers have similar lengths need little padding.
     items.sort(key=lambda item: (_longest(item[1]), item[0]))
+    if not items:
+        return {}
+    longest = max(len(prompt) + _longest(group) for prompt, group in items)
     with _fused_layers(model) if fuses else nullcontext() as fused:
+        takes_all = fused is not None and fused.takes(longest)
+
+        def size_of(item: Item) -> Size:
+            prompt, group = item
+            inputs = {(prompt, answer[:-1]) for answer in group}
+            is_padded = not (takes_all and _packs(inputs, [item]))
+            return Size(len(group), len(prompt) + _longest(group), is_padded)
+
         scored = batches.run(
-            items,
-            lambda item: Size(len(item[1]), len(item[0]) + _longest(item[1])),
-            lambda batch: _score_batch(model, fused, batch),
-            called="prompts",
+            items, size_of, lambda batch: _score_batch(model, fused, batch), called="prompts"
         )
-    return {
-        (prompt, answer): score
-        for (prompt, group), scores in zip(items, scored, strict=True)
-        for answer, score in zip(group, scores, strict=True)
-    }
+    found = [(prompt, answer) for prompt, group in items for answer in group]
+    lengths = [len(answer) for _, answer in found]
+    log_probs, greedy = (
+        torch.split(torch.cat(parts).cpu(), lengths) for parts in zip(*scored, strict=True)
+    )
+    scores = (
+        (float(nats.sum()), bool(same.all())) for nats, same in zip(log_probs, greedy, strict=True)
+    )
+    return dict(zip(found, scores, strict=True))
 
 
 def _fused_layers(model: Any) -> "AbstractContextManager[FusedInference | None]":
@@ -109,48 +125,44 @@ def _fused_layers(model: Any) -> "AbstractContextManager[FusedInference | None]"
 @torch.inference_mode()
 def _score_batch(
     model: Any, fused: "FusedInference | None", batch: list[Item]
-) -> list[list[Score]]:
-    """Return the scores of the answers to each prompt."""
-    answers = [answer for _, group in batch for answer in group]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what `_of_tokens` returns for the tokens of all answers to each prompt."""
     # The last token of an answer is not an input, because no token after it is predicted. So
     # answers of one token to the same prompt have the same inputs.
-    inputs = [(prompt, answer[:-1]) for prompt, group in batch for answer in group]
+    places: dict[Pair, int] = {}
+    inputs = [
+        places.setdefault((prompt, answer[:-1]), len(places))
+        for prompt, group in batch
+        for answer in group
+    ]
     num_shared = _num_shared(model, [prompt for prompt, _ in batch])
-    if fused is not None and _is_packed(fused, set(inputs), batch, num_shared):
-        hidden_NH = _packed_hidden(fused, inputs)
+    longest = max(len(prompt) + len(answer) for prompt, answer in places)
+    if fused is not None and _packs(places, batch, num_shared) and fused.takes(longest):
+        states = fused.hidden_states(
+            [prompt + answer for prompt, answer in places],
+            [len(prompt) - 1 for prompt, _ in places],
+        )
+        hidden_NH = torch.cat([states[place] for place in inputs])
+        del states
     else:
         hidden_NH = _cached_hidden(model, batch, num_shared)
-    ids_N = torch.tensor([token for answer in answers for token in answer], device=model.device)
-    log_probs_N, greedy_N = _of_tokens(model, hidden_NH, ids_N)
-    lengths = [len(answer) for answer in answers]
-    of_answers = zip(
-        torch.split(log_probs_N.cpu(), lengths), torch.split(greedy_N.cpu(), lengths), strict=True
+    ids_N = torch.tensor([token for _, group in batch for answer in group for token in answer])
+    log_probs_N, greedy_N = _of_tokens(
+        model, hidden_NH, to_device(ids_N, model.device), fused=fused is not None
     )
-    scores = ((float(log_probs.sum()), bool(greedy.all())) for log_probs, greedy in of_answers)
-    return [[next(scores) for _ in group] for _, group in batch]
+    counts = [sum(map(len, group)) for _, group in batch]
+    parts = torch.split(log_probs_N, counts), torch.split(greedy_N, counts)
+    return list(zip(*parts, strict=True))
 
 
-def _is_packed(
-    fused: "FusedInference", inputs: set[Pair], batch: list[Item], num_shared: int
-) -> bool:
+def _packs(inputs: Collection[Pair], batch: list[Item], num_shared: int = 0) -> bool:
     """Return whether packed rows have no more tokens than padded batches with a cache."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in inputs]
+    num_packed = sum(len(prompt) + len(answer) for prompt, answer in inputs)
     num_prompt = max(len(prompt) for prompt, _ in batch) - num_shared
     num_continued = max(len(answer) for _, answer in inputs)
     num_answers = sum(len(group) for _, group in batch)
     num_padded = num_shared + len(batch) * num_prompt + num_answers * num_continued
-    return sum(lengths) <= num_padded and fused.takes(max(lengths))
-
-
-def _packed_hidden(fused: "FusedInference", inputs: list[Pair]) -> torch.Tensor:
-    """Return the hidden states that predict the tokens of all answers, [N, H]."""
-    unique = list(dict.fromkeys(inputs))
-    states = fused.hidden_states(
-        [(*prompt, *answer) for prompt, answer in unique],
-        [len(prompt) - 1 for prompt, _ in unique],
-    )
-    of_inputs = dict(zip(unique, states, strict=True))
-    return torch.cat([of_inputs[pair] for pair in inputs])
+    return num_packed <= num_padded
 
 
 def _cached_hidden(model: Any, batch: list[Item], num_shared: int) -> torch.Tensor:
@@ -165,7 +177,7 @@ def _cached_hidden(model: Any, batch: list[Item], num_shared: int) -> torch.Tens
     prompts = [prompt for prompt, _ in batch]
     cache = None
     if num_shared:
-        shared = torch.tensor([prompts[0][:num_shared]], device=device)
+        shared = to_device(torch.tensor([prompts[0][:num_shared]]), device)
         cache = decoder(input_ids=shared, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(prompts))
     # Prompts are padded on the left, so that all end just before the position where answers begin.
@@ -181,7 +193,7 @@ def _cached_hidden(model: Any, batch: list[Item], num_shared: int) -> torch.Tens
         past_key_values=cache,
         use_cache=continues or cache is not None,
     )
-    owners_A = torch.tensor(owners, device=device)
+    owners_A = to_device(torch.tensor(owners), device)
     hidden_ATH = output.last_hidden_state[:, -1:][owners_A]
     if continues:
         cache = output.past_key_values
@@ -220,18 +232,36 @@ def _num_shared(model: Any, prompts: list[Tokens]) -> int:
 
 
 def _of_tokens(
-    model: Any, hidden_NH: torch.Tensor, ids_N: torch.Tensor
+    model: Any, hidden_NH: torch.Tensor, ids_N: torch.Tensor, *, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log probability of each token, and whether it is the likeliest one."""
-    size = max(1, _NUM_LOGITS // model.config.get_text_config().vocab_size)
-    log_probs, greedy = [], []
+    """Return the log probability of each token in float32, and whether it is the likeliest one.
+
+    Args:
+        model: the causal language model.
+        hidden_NH: what its decoder returns where it predicts the tokens.
+        ids_N: the tokens.
+        fused: whether a kernel reads the logits once, in the model's dtype. Otherwise torch copies
+            them to float32.
+    """
+    log_probs_of, itemsize = _label_log_probs, 4
+    if fused:
+        # Imported here, because the kernels import Triton, which exists for Linux alone.
+        from tuneline.kernels.ops.cross_entropy import label_log_probs
+
+        log_probs_of, itemsize = label_log_probs, model.dtype.itemsize
+    size = max(1, _LOGITS_BYTES // (itemsize * model.config.get_text_config().vocab_size))
     parts = zip(torch.split(hidden_NH, size), torch.split(ids_N, size), strict=True)
-    for some_NH, some_N in parts:
-        logits_NV = _logits(model, some_NH)
-        greedy.append(logits_NV.argmax(-1) == some_N)
-        table_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
-        log_probs.append(table_NV.gather(-1, some_N[:, None])[:, 0])
-    return torch.cat(log_probs), torch.cat(greedy)
+    scores = [log_probs_of(_logits(model, some_NH), some_N) for some_NH, some_N in parts]
+    log_probs, greedy = (torch.cat(values) for values in zip(*scores, strict=True))
+    return log_probs, greedy
+
+
+def _label_log_probs(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `tuneline.kernels.ops.cross_entropy.label_log_probs` in plain torch."""
+    table = logits.log_softmax(-1, dtype=torch.float32)
+    return table.gather(-1, labels[:, None])[:, 0], logits.argmax(-1) == labels
 
 
 class _Given(torch.nn.Module):
@@ -272,7 +302,7 @@ def _padded(rows: list[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
-    return ids.to(device), mask.to(device)
+    return to_device(ids, device), to_device(mask, device)
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,8 @@ class ModelCall:
     head: HostHead | None = None
     head_at: int = 0
     """Index of the layer at which the copy of the head to the GPU begins."""
+    selects: bool = False
+    """Whether the last layer returns the hidden states of the selected tokens only."""
     addresses: tuple[Any, ...] = ()
     """What a graph of these layers depends on; see `graph_addresses`."""
 
@@ -126,10 +128,19 @@ class _Repeated:
     """Tokens of the longest sequence."""
 
 
-def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | None:
+def decide(
+    decoder: Any, plan: AttentionPlan, tokens: Tensor, selected_S: Tensor | None = None
+) -> ModelCall | None:
     """Bind the layers and decide how each runs.
 
     The last layers store their activations, because their backward runs first.
+
+    Args:
+        decoder: The patched stack of layers.
+        plan: The sequences of this forward.
+        tokens: Token IDs [B, L] or embeddings [B, L, H].
+        selected_S: Indices of the tokens of one row whose hidden states are wanted; None: all. No
+            family reads the others after the last layer's attention.
     """
     engine: Engine = decoder._tuneline_engine
     device, num_tokens = tokens.device, tokens.shape[0] * tokens.shape[1]
@@ -154,8 +165,17 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
         return None
     head_at = _head_at(engine.head, bound, plan, tokens)
     if not torch.is_grad_enabled():
-        layers = {index: (weights, LayerCall(plan)) for index, weights in bound.items()}
-        return ModelCall(layers, head=engine.head, head_at=head_at)
+        layers, end = {}, len(decoder.layers) - 1
+        for index, weights in bound.items():
+            of_layer = LayerCall(
+                plan,
+                inference=engine.inference,
+                overwrites=engine.inference and _is_only_reader(decoder, index),
+                selected_S=selected_S if index == end else None,
+            )
+            layers[index] = weights, of_layer
+        selects = selected_S is not None and end in layers
+        return ModelCall(layers, head=engine.head, head_at=head_at, selects=selects)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.
     graph_tokens = num_tokens if room is None else room.num_tokens
@@ -230,6 +250,17 @@ def decide(decoder: Any, plan: AttentionPlan, tokens: Tensor) -> ModelCall | Non
     call = ModelCall(layers, engine.graphs, addresses=addresses)
     engine.repeated[form] = _Repeated(call, kept, longest)
     return call
+
+
+def _is_only_reader(decoder: Any, index: int) -> bool:
+    """Return whether nothing but a layer reads its input.
+
+    The caller may hold the input of the first layer, and a hook that of any layer.
+    """
+    layer, before = decoder.layers[index], decoder.layers[index - 1]
+    return index > 0 and not (
+        layer._forward_pre_hooks or layer._forward_hooks or before._forward_hooks
+    )
 
 
 def _head_at(

@@ -4,10 +4,13 @@
         if fused.takes(longest):
             hidden_states = fused.hidden_states(sequences, firsts)
 
-A packed row has neither padding nor a KV cache. Within the `with` statement every other forward of
+A packed row has neither padding nor a KV cache, and its last layer computes o_proj and the MLP only
+for the tokens whose hidden states are wanted. The host does not wait for the device, so that it
+prepares the next row while the device computes. Within the `with` statement every other forward of
 the model, such as one with a KV cache, is the stock one.
 
-Shapes: n tokens of a sequence, H hidden size.
+Shapes: n tokens of a sequence, T tokens of a row, N of them whose hidden states are wanted, H
+hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from tuneline.kernels.limits import MIN_CAPABILITY
 from tuneline.kernels.ops.copy_rows import copy_rows
 from tuneline.kernels.patching import fuses_every_layer, patch, unpatch
+from tuneline.kernels.to_device import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -78,25 +82,19 @@ class FusedInference:
     def _row(self, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> Iterable[Tensor]:
         device = self._model.device
         lengths = [len(sequence) for sequence in sequences]
-        starts = [0, *accumulate(lengths)]
-        ids = torch.tensor([token for sequence in sequences for token in sequence])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        output = self._model.base_model(
-            input_ids=ids[None].to(device),
-            position_ids=positions[None].to(device),
-            sequence_starts=starts[:-1],
+        ids_T = torch.tensor(list(chain.from_iterable(sequences)))
+        positions_T = torch.cat([torch.arange(length) for length in lengths])
+        firsts_T = torch.tensor(firsts).repeat_interleave(torch.tensor(lengths))
+        wanted_N = (positions_T >= firsts_T).nonzero()[:, 0]
+        hidden_states = self._model.base_model(
+            input_ids=to_device(ids_T[None], device),
+            position_ids=to_device(positions_T[None], device),
+            sequence_starts=[0, *accumulate(lengths[:-1])],
+            selected=to_device(wanted_N, device),
             use_cache=False,
-        )
-        # A copy, so that the memory of all other tokens is freed.
-        wanted = torch.cat(
-            [
-                torch.arange(start + first, stop)
-                for start, stop, first in zip(starts[:-1], starts[1:], firsts, strict=True)
-            ]
-        )
-        hidden_states: Tensor = output.last_hidden_state[0, wanted.to(device)]
+        ).last_hidden_state
         counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
-        return hidden_states.split(counts)
+        return torch.split(hidden_states[0], counts)
 
 
 @functools.cache

@@ -242,7 +242,11 @@ class _NormMixin(_Stock):
 
 
 class _DecoderMixin(_Stock):
-    """The stack of layers: decides how they run, and passes the decisions to the stock forward."""
+    """The stack of layers: decides how they run, and passes the decisions to the stock forward.
+
+    A caller that wants the hidden states of some tokens of one row only can pass their indices as
+    `selected`.
+    """
 
     def forward(
         self,
@@ -250,6 +254,7 @@ class _DecoderMixin(_Stock):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         sequence_starts: list[int] | None = None,
+        selected: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         arguments = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
@@ -259,15 +264,17 @@ class _DecoderMixin(_Stock):
             if sequence_starts is None:
                 sequence_starts = find_sequences(tokens, attention_mask, position_ids)
             plan = _attention_plan(sequence_starts, tokens)
-            call = None if plan is None else decide(self, plan, tokens)
-        if call is None or not call.layers:
-            return super().forward(attention_mask=attention_mask, **arguments)
-        if len(call.layers) == len(self.layers):
-            # No fused layer reads a mask. transformers would build a full one, but passes on a 4-D
-            # mask unchanged.
-            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-        arguments["use_cache"] = False
-        return super().forward(attention_mask=attention_mask, tuneline=call, **arguments)
+            call = None if plan is None else decide(self, plan, tokens, selected)
+        if call is not None and call.layers:
+            if len(call.layers) == len(self.layers):
+                # No fused layer reads a mask. transformers would build a full one, but passes on a
+                # 4-D mask unchanged.
+                attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+            arguments |= {"use_cache": False, "tuneline": call}
+        output = super().forward(attention_mask=attention_mask, **arguments)
+        if selected is not None and not (call is not None and call.selects):
+            output.last_hidden_state = output.last_hidden_state[:, selected]
+        return output
 
 
 class _CausalMixin(_Stock):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tuneline.kernels.ops.cross_entropy import (
+    label_log_probs,
+    label_log_probs_reference,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     token_log_probs,
@@ -144,3 +146,33 @@ def test_float64_gradient_is_exact(generator):
         assert torch.autograd.gradcheck(
             lambda h, cap=softcap: token_log_probs(h, weight, labels[:5], softcap=cap), leaf
         )
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_log_probs_of_labels_and_whether_they_are_the_first_largest(dtype, generator, assert_near):
+    # More than one block, and rows with room between them as in padded logits.
+    logits = torch.randn(9, 20011, generator=generator, device=generator.device).to(dtype)
+    logits = logits[:, :20001]
+    labels = torch.randint(20001, (9,), generator=generator, device=generator.device)
+    # The largest, beside the last one; equal largest ones before and after the label; -inf
+    # throughout the first block; the last token ID; outside the vocabulary; NaN; nothing but -inf.
+    logits[0, labels[0]] = 9.0
+    labels[1], labels[2], labels[4], labels[5] = 8191, 8192, 20000, 20001
+    logits[1:3, 8191:8193] = 9.0
+    logits[3, :8200] = -float("inf")
+    logits[4, 20000] = 9.0
+    logits[6, labels[6]], logits[6, 20000 - labels[6]] = 9.0, float("nan")
+    logits[7] = -float("inf")
+    found, is_first = label_log_probs(logits, labels)
+    stock, stock_is_first = label_log_probs_reference(logits, labels)
+    assert found.dtype == torch.float32 and is_first.dtype == torch.bool
+    assert is_first.tolist() == [True, True, False, False, True, False, False, False, False]
+    assert torch.equal(is_first, stock_is_first)
+    usual = [0, 1, 2, 3, 4, 8]
+    assert torch.equal(is_first[usual], (logits.cpu().argmax(-1) == labels.cpu())[usual])
+    assert found.isnan().tolist() == stock.isnan().tolist() == [n in (5, 6, 7) for n in range(9)]
+    truth = logits[usual].double().log_softmax(-1).gather(-1, labels[usual, None])[:, 0]
+    finite = truth.isfinite()
+    assert torch.equal(found[usual][~finite].double(), truth[~finite])
+    assert_near(found[usual][finite], truth[finite], stock[usual][finite])

@@ -9,6 +9,7 @@ from patch_cases import FAMILIES, SIZES, batch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from tuneline.kernels import inference, patching
+from tuneline.kernels.decoder import attention_half, mlp_half
 from tuneline.kernels.inference import fused_inference, runs_fused
 from tuneline.kernels.patching import patch
 
@@ -17,12 +18,13 @@ FIRSTS = (7, 0, 2, 5, 0)
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """Return a list that grows by one entry per call of a fused layer."""
+    """Return a list that grows by the shapes of input and output per call of a fused layer."""
     calls = []
 
     def counted(*args):
-        calls.append(args[0].shape)
-        return fused_layer(*args)
+        output, routing = fused_layer(*args)
+        calls.append((args[0].shape[:2], output.shape[:2]))
+        return output, routing
 
     fused_layer = patching.fused_layer
     monkeypatch.setattr(patching, "fused_layer", counted)
@@ -74,9 +76,38 @@ def test_packed_rows_equal_sequences_alone(family, row_tokens, fused_calls, monk
     with fused_inference(model) as fused:
         assert fused.takes(13)
         found = fused.hidden_states(sequences(), FIRSTS)
-    lengths = [38] if row_tokens > 38 else [20, 13, 5]
-    assert [shape[:2] for shape in fused_calls] == [(1, n) for n in lengths for _ in range(2)]
+    # The last layer returns the wanted tokens only.
+    lengths = [(38, 24)] if row_tokens > 38 else [(20, 11), (13, 8), (5, 5)]
+    assert fused_calls == [
+        call for n, wanted in lengths for call in (((1, n), (1, n)), ((1, n), (1, wanted)))
+    ]
     assert_close(found, expected)
+
+
+def test_chunks_of_the_mlp_are_larger_than_those_of_training(monkeypatch):
+    monkeypatch.setattr(mlp_half, "MLP_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(mlp_half, "INFERENCE_MLP_CHUNK_TOKENS", 16)
+    sizes = []
+
+    def counted(gate_up, *args, **kwargs):
+        sizes.append(len(gate_up))
+        return forward(gate_up, *args, **kwargs)
+
+    forward = mlp_half.gated_activation_forward
+    monkeypatch.setattr(mlp_half, "gated_activation_forward", counted)
+    model = make_model()
+    expected = alone(model)
+    with fused_inference(model) as fused:
+        found = fused.hidden_states(sequences(), FIRSTS)
+    # 38 tokens in the first layer, 24 in the last one.
+    assert sizes == [13, 13, 12, 12, 12]
+    assert_close(found, expected)
+    sizes.clear()
+    model.requires_grad_(False)
+    patch(model.train())
+    with torch.no_grad():
+        model.model(input_ids=batch(1, 24)["input_ids"], use_cache=False)
+    assert sizes == [8] * 6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -105,6 +136,33 @@ def test_padding_on_the_right_runs_fused_and_on_the_left_stock(fused_calls):
     assert not torch.equal(found, right)
 
 
+@torch.inference_mode()
+def test_layers_write_over_their_input_unless_others_may_read_it(monkeypatch):
+    copies = []
+
+    def counted(x, *args):
+        copies.append(x.shape)
+        return residual_copy(x, *args)
+
+    residual_copy = attention_half.residual_copy
+    monkeypatch.setattr(attention_half, "residual_copy", counted)
+    model = make_model(num_hidden_layers=3)
+    embeddings = model.model.embed_tokens(batch()["input_ids"])
+    arguments = {"inputs_embeds": embeddings, "use_cache": False}
+    # A copy, because transformers records hidden states with hooks that it leaves behind.
+    expected = copy.deepcopy(model).model(**arguments, output_hidden_states=True)
+    before, seen = embeddings.clone(), []
+    with fused_inference(model):
+        found = [model.model(**arguments)[0]]
+        # Only the first layer copies its input.
+        assert len(copies) == 1
+        model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(output))
+        found.append(model.model(**arguments)[0])
+        assert len(copies) == 3
+    assert torch.equal(embeddings, before)
+    assert_close(found + seen, [expected[0]] * 2 + [expected.hidden_states[1]])
+
+
 def test_all_other_forwards_are_the_stock_ones(fused_calls):
     model = make_model("gemma3")
     ids = batch()["input_ids"]
@@ -126,6 +184,18 @@ def test_all_other_forwards_are_the_stock_ones(fused_calls):
         assert_close([found], [logits])
         assert torch.equal(model.generate(input_ids=ids, **settings), tokens)
         assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize("stock_layers", [[1], [0, 1]])
+def test_tokens_are_selected_after_a_last_layer_that_runs_stock(stock_layers, fused_calls):
+    model = make_model()
+    for index in stock_layers:
+        model.model.layers[index].mlp.down_proj.register_forward_hook(lambda *args: None)
+    expected = alone(model)
+    with fused_inference(model) as fused:
+        found = fused.hidden_states(sequences(), FIRSTS)
+    assert fused_calls == [((1, 38), (1, 38))] * (2 - len(stock_layers))
+    assert_close(found, expected)
 
 
 def test_the_model_is_left_as_it_was():

@@ -2,7 +2,8 @@
 
 Forward and backward are written by hand; layer.py says what is stored between them.
 
-Shapes: B rows of L tokens, T = B L, C hidden size, N outputs of a group; see lora.py for K and P.
+Shapes: B rows of L tokens, T = B L, S selected tokens, C hidden size, N outputs of a group; see
+lora.py for K and P.
 """
 
 from __future__ import annotations
@@ -85,6 +86,9 @@ def complete(
     sin: Tensor,
     weights: LayerWeights,
     plan: AttentionPlan,
+    *,
+    selected_S: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Compute the intermediates that `half` lacks, and return x2.
 
@@ -96,12 +100,14 @@ def complete(
         sin: Rope table [B or 1, L, R].
         weights: The layer's weights and adapters.
         plan: The sequences of this forward.
+        selected_S: Indices of the tokens whose x2 is returned; None: all tokens.
+        overwrite: Write x2 over x. This is ignored in a layer with a norm after o_proj.
     """
     rotated = half.qkv_TN is not None and weights.q_norm is None
     group, norm = weights.o, weights.after_attention_norm
     copy_TC: Tensor | None = None
     if half.qkv_TN is None:
-        if half.branch_TC is None and norm is None:
+        if half.branch_TC is None and norm is None and selected_S is None and not overwrite:
             copy_TC = residual_copy(x_TC, group)
         operands = group_operands(weights.qkv, x_TC)
         half.normed = normed_input(
@@ -127,11 +133,17 @@ def complete(
         half.o_input_TKP = augmented_input(x_TC.shape[0], group, x_TC)
         a_BLHD = _heads(half.o_input_TKP, group, q.shape)
         half.attention_saved = attention_forward(q, k, v, plan, weights.attention, out=a_BLHD)
+        if selected_S is not None:
+            half.o_input_TKP = half.o_input_TKP.index_select(0, selected_S)
+            x_TC = x_TC.index_select(0, selected_S)
+            overwrite = True
         half.o_operands = group_operands(group, x_TC)
         half.o_operands.write_lora_columns(half.o_input_TKP)
     if half.branch_TC is None:
         if half.o_operands is None:
             half.o_operands = group_operands(group, x_TC)
+        if overwrite and norm is None:
+            copy_TC = x_TC
         residual_TC = x_TC if copy_TC is None else copy_TC
         half.branch_TC = half.o_operands.forward(
             half.o_input_TKP,

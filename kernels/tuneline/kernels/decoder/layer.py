@@ -26,7 +26,10 @@ The halves are in attention_half.py, mlp_half.py and, for a mixture of experts, 
 lean layer with experts computes gate and up again, and a kept one stores them. Its function also
 returns what the router returned; the router's logits are differentiable, for the auxiliary loss.
 
-Shapes: B rows of L tokens, T = B L, C hidden size, F intermediate size; see lora.py for P.
+Without gradients, the last layer can compute o_proj and the MLP for selected tokens only.
+
+Shapes: B rows of L tokens, T = B L, S selected tokens, C hidden size, F intermediate size; see
+lora.py for P.
 """
 
 from __future__ import annotations
@@ -96,6 +99,13 @@ class LayerCall:
     in host memory, arrives on the device meanwhile."""
     handover: Handover | None = None
     """Shared by all layers of a forward."""
+    inference: bool = False
+    """Whether the MLP's forward runs over the larger chunks of inference."""
+    overwrites: bool = False
+    """Whether the layer may write over x, because nothing reads x after it; without gradients."""
+    selected_S: Tensor | None = None
+    """Indices of the tokens whose y is computed, for a forward of one row without gradients; None:
+    all tokens."""
 
     @property
     def parks(self) -> bool:
@@ -174,13 +184,16 @@ def layer_forward(
         call: The sequences, and what to store.
 
     Returns:
-        y [B, L, C]; what the router returned, or nothing in a layer without router; the ticket of
-        the tensors that were offloaded to host memory, if the layer parks; and the tensors for the
-        backward that stay on the device.
+        y [B, L, C], or [1, S, C] of the selected tokens; what the router returned, or nothing in a
+        layer without router; the ticket of the tensors that were offloaded to host memory, if the
+        layer parks; and the tensors for the backward that stay on the device.
     """
     x_TC, wanted = x_BLC.reshape(-1, x_BLC.shape[-1]), call.saved
     half = AttentionHalf()
-    x2_TC = complete(half, x_TC, x_BLC.shape, cos, sin, weights, call.plan)
+    x2_TC = complete(
+        half, x_TC, x_BLC.shape, cos, sin, weights, call.plan,
+        selected_S=call.selected_S, overwrite=call.overwrites,
+    )  # fmt: skip
     normed = half.normed if call.keep_normed else None
     attention_saved = half.attention_saved if wanted.output else ()
     parkable: list[Any] = [x_BLC]
@@ -204,6 +217,7 @@ def layer_forward(
             keep_normed=call.keep_normed,
             overwrite=not wanted.branch,
             narrow=call.narrow,
+            inference=call.inference,
         )
         mlp_saved: list[Tensor | None] = [down_input_TP, gate_up_TF]
         if d_TC is not None:
@@ -218,7 +232,7 @@ def layer_forward(
     if normed is not None and mlp_normed is not None:
         saved += [*normed, *mlp_normed]
     saved += [*mlp_saved, *attention_saved]
-    return y_TC.view(x_BLC.shape), routing, ticket, saved
+    return y_TC.view(x_BLC.shape[0], -1, x_BLC.shape[2]), routing, ticket, saved
 
 
 def layer_backward(

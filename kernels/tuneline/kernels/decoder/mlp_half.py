@@ -1,8 +1,8 @@
 """The second half of a decoder layer: y = x2 + down(act(gate(n2)) * up(n2)), n2 = norm(x2).
 
 Forward and backward are written by hand and run over chunks of tokens, because their temporaries
-(three times 2 F numbers per token) set the memory peak of a step with lean layers. layer.py says
-what is stored between forward and backward.
+(three times 2 F numbers per token) set the memory peak of a step with lean layers. The chunks of
+inference are larger (limits.py). layer.py says what is stored between forward and backward.
 
 Shapes: T tokens, n tokens per chunk, C hidden size, F intermediate size; see lora.py for K and P.
 """
@@ -21,7 +21,11 @@ from tuneline.kernels.decoder.layer_weights import (
     residual_copy,
 )
 from tuneline.kernels.decoder.operands import augmented_input, group_operands
-from tuneline.kernels.limits import KEPT_MLP_CHUNK_TOKENS, MLP_CHUNK_TOKENS
+from tuneline.kernels.limits import (
+    INFERENCE_MLP_CHUNK_TOKENS,
+    KEPT_MLP_CHUNK_TOKENS,
+    MLP_CHUNK_TOKENS,
+)
 from tuneline.kernels.ops.activation_lora import activation_lora_backward
 from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.gated_activation import gated_activation_forward
@@ -29,9 +33,13 @@ from tuneline.kernels.ops.lora import LoraGradients, mm_wide
 from tuneline.kernels.ops.rms_norm import rms_norm_backward
 
 
-def _chunks(num_tokens: int, kept: bool, narrow: bool = False) -> list[slice]:
+def _chunks(
+    num_tokens: int, kept: bool, narrow: bool = False, inference: bool = False
+) -> list[slice]:
     """Split the tokens evenly into the fewest chunks that the limit allows."""
     limit = KEPT_MLP_CHUNK_TOKENS if kept else MLP_CHUNK_TOKENS
+    if inference:
+        limit = INFERENCE_MLP_CHUNK_TOKENS
     num_chunks = -(-num_tokens // (limit // 2 if narrow else limit))
     size = -(-num_tokens // num_chunks)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
@@ -45,6 +53,7 @@ def mlp_forward(
     keep_normed: bool,
     overwrite: bool,
     narrow: bool = False,
+    inference: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Normed | None]:
     """Compute y from x2.
 
@@ -56,6 +65,7 @@ def mlp_forward(
         overwrite: Write y over x2. This is ignored in a layer with a norm after down_proj, which
             needs all of x2 until the end.
         narrow: Use chunks of half the size.
+        inference: Use the chunks of inference.
 
     Returns:
         y [T, C]; gate and up [T, 2 F] or None; h A_down^T [T, P]; the output of down_proj [T, C] if
@@ -70,7 +80,7 @@ def mlp_forward(
     normed_TKP = augmented_input(num_tokens, gate_up, x2_TC) if keep_normed else None
     rstds = []
     gate_up_operands, down_operands = group_operands(gate_up, x2_TC), group_operands(down, x2_TC)
-    for rows in _chunks(num_tokens, keep, narrow):
+    for rows in _chunks(num_tokens, keep, narrow, inference):
         x_TKP = None if normed_TKP is None else normed_TKP[rows]
         copy_nC: Tensor | None = None
         if not in_place and not sandwich:

@@ -9,6 +9,8 @@ forward therefore computes d logp / d hidden while it has the logits of a chunk,
 only multiplies row t by g[t]. This serves both the loss (g[t] = -1 / num_items) and DPO (any g).
 Nothing here makes the host wait for the device.
 
+`label_log_probs` takes logits that exist already, e.g. those of a model's own forward.
+
 Shapes: hidden [..., K], weight [V, K], labels [...]; T tokens in total, C tokens per chunk.
 """
 
@@ -27,14 +29,19 @@ _CHUNK_BYTES = 256 * 2**20
 enough for a GEMM to fill the GPU."""
 _BLOCK = 8192
 _NUM_WARPS = 16
+_NO_LABEL = -(2**31)
+"""The `ignore_index` of calls that ignore no label."""
 
 
 @triton.jit
 def _log_probs_kernel(
-    logits_ptr, labels_ptr, logp_ptr, logits_stride, V, ignore_index, softcap,
-    CAPPED: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, labels_ptr, logp_ptr, first_ptr, logits_stride, V, ignore_index, softcap,
+    CAPPED: tl.constexpr, NEED_FIRST: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write logp of one row, and overwrite its logits with d logp / d logits."""
+    """Write logp of one row, and overwrite its logits with d logp / d logits.
+
+    If NEED_FIRST, also write whether the label is the first of the largest logits.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     label = tl.load(labels_ptr + row)
@@ -46,23 +53,32 @@ def _log_probs_kernel(
             for start in range(0, V, BLOCK):
                 tl.store(logits_ptr + start + cols, zero, mask=start + cols < V)
     else:
-        top = -float("inf")
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, V, BLOCK):
-            mask = start + cols < V
-            z = tl.load(logits_ptr + start + cols, mask=mask, other=-float("inf")).to(tl.float32)
-            if CAPPED:
-                z = tl.where(mask, softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0), z)
-            new_top = tl.maximum(top, tl.max(z, axis=0))
-            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
-            top = new_top
-        lse = top + tl.log(tl.sum(total, axis=0))
         # A label outside the vocabulary reads no memory and gives NaN, so that users notice it.
         known = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         if CAPPED:
             target = softcap * (2.0 * tl.sigmoid(2.0 * target / softcap) - 1.0)
-        tl.store(logp_ptr + row, target - lse)
+        top = -float("inf")
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        preceding = tl.zeros([BLOCK], dtype=tl.int32)
+        for start in range(0, V, BLOCK):
+            mask = start + cols < V
+            z = tl.load(logits_ptr + start + cols, mask=mask, other=-float("inf")).to(tl.float32)
+            if CAPPED:
+                z = tl.where(mask, softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0), z)
+            if NEED_FIRST:
+                ahead = (z > target) | ((z == target) & (start + cols < label))
+                preceding = tl.where(mask & ahead, 1, preceding)
+            new_top = tl.maximum(top, tl.max(z, axis=0))
+            # -inf - -inf would be NaN.
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            total = total * tl.exp(top - shift) + tl.exp(z - shift)
+            top = new_top
+        lse = top + tl.log(tl.sum(total, axis=0))
+        logp = target - lse
+        tl.store(logp_ptr + row, logp)
+        if NEED_FIRST:
+            tl.store(first_ptr + row, (tl.max(preceding, axis=0) == 0) & (logp == logp))
         if NEED_GRAD:
             # All threads must read the target's logit before any thread overwrites it.
             tl.debug_barrier()
@@ -87,21 +103,32 @@ def _log_probs_(
     need_grad: bool,
 ) -> torch.Tensor:
     """Return logp [C]; if `need_grad`, also overwrite the logits with d logp / d logits."""
-    C, V = logits_CV.shape
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
     if use_kernel(logits_CV):
-        logp_C = torch.empty(C, dtype=wide, device=logits_CV.device)
-        _log_probs_kernel[(C,)](
-            logits_CV, labels_C, logp_C, logits_CV.stride(0), V, ignore_index, softcap or 1.0,
-            CAPPED=softcap is not None, NEED_GRAD=need_grad,
-            BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=_NUM_WARPS,
-        )  # fmt: skip
-        return logp_C
+        return _launch(logits_CV, labels_C, ignore_index, softcap, need_grad)
     logp_C, vjp = torch.func.vjp(
         lambda z: _log_probs_reference(z, labels_C, ignore_index, softcap), logits_CV
     )[:2]
     if need_grad:
         logits_CV.copy_(vjp(torch.ones_like(logp_C))[0])
+    return logp_C
+
+
+def _launch(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    need_grad: bool,
+    first_C: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the kernel and return logp [C]; it also writes `first_C` if that is given."""
+    C, V = logits_CV.shape
+    logp_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)
+    _log_probs_kernel[(C,)](
+        logits_CV, labels_C, logp_C, logp_C if first_C is None else first_C, logits_CV.stride(0), V,
+        ignore_index, softcap or 1.0, CAPPED=softcap is not None, NEED_FIRST=first_C is not None,
+        NEED_GRAD=need_grad, BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=_NUM_WARPS,
+    )  # fmt: skip
     return logp_C
 
 
@@ -160,6 +187,19 @@ def _log_probs_reference(
     return torch.where(kept, logp, 0.0)
 
 
+def label_log_probs_reference(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `label_log_probs` in plain torch; same arguments."""
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    labels = labels.masked_fill(~known, 0)
+    logp = _log_probs_reference(logits, labels, -1, None).masked_fill(~known, float("nan"))
+    is_top = logits == logits.amax(-1, keepdim=True)
+    # On a GPU, `logits.argmax` may return any of the largest logits.
+    is_first = is_top.int().argmax(-1) == labels
+    return logp, is_first & ~logp.isnan()
+
+
 def token_log_probs_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -188,6 +228,28 @@ def linear_cross_entropy_reference(
     if num_items is None:
         num_items = (labels != ignore_index).sum().clamp(min=1)
     return -logp.sum() / num_items
+
+
+def label_log_probs(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log probability of each label, and whether greedy decoding would choose the label.
+
+    The kernel reads the logits once. There is no gradient.
+
+    Args:
+        logits: [T, V], contiguous along V; float32, bfloat16 or float16.
+        labels: int64 [T]; a label outside the vocabulary gives NaN and False.
+
+    Returns:
+        The log probabilities in float32, [T]; and a bool [T] that is true if the label's logit is
+        the largest one and no smaller token ID has the same logit. Where the log probability is
+        NaN, it is false.
+    """
+    if not use_kernel(logits):
+        return label_log_probs_reference(logits, labels)
+    is_first = torch.empty_like(labels, dtype=torch.bool)
+    return _launch(logits, labels, _NO_LABEL, None, False, is_first), is_first
 
 
 def token_log_probs(
