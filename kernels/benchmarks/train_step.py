@@ -8,7 +8,8 @@ uses its own 8-bit AdamW, PEFT and Liger use bitsandbytes', and Unsloth the one 
 case has the setting that is best for Unsloth (peers.py), which the CSV names. The engines take
 turns on the GPU, `--rounds` times per case. A row of the table is an engine in a mode: `free`
 recomputes nothing (tuneline: budget auto), `lean` recomputes the most and keeps the input embedding
-on the host (tuneline and Unsloth). `tuneline-fp8` is tuneline with its opt-in fp8 products.
+on the host (tuneline and Unsloth). `tuneline-fp8` is tuneline with its opt-in fp8 products; because
+both keep what fits into the free memory, they cannot share a GPU in a free case.
 
 `median` is the time of a step with the device synchronised before and after it; `in_a_row` is that
 of `--steps` steps that nothing waits for, divided by their number. 1x131072 is one step alone.
@@ -130,6 +131,12 @@ def main() -> None:
     if args.worker:
         engine, case, checkpoint = args.worker
         return worker(engine, case, Path(checkpoint), args.shape, args.same_optimizer)
+    free = [case for case in args.cases if case.endswith("/free")]
+    if free and {"tuneline", "tuneline-fp8"} <= set(args.engines):
+        parser.error(
+            f"tuneline and tuneline-fp8 both keep what fits into the free memory in {free[0]}: give "
+            "them in separate calls"
+        )
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     losses: list[list[Any]] = []

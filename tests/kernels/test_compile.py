@@ -132,11 +132,11 @@ KERNELS = {
     **{name: tile[:5] for name, tile in FLASH_TILES.items()},
     "fp8 rows": (
         "fp8", "_rows_kernel", dict(K=4096, P=64, BLOCK=4096),
-        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 4,
+        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 2,
     ),
     "fp8 long rows": (
         "fp8", "_rows_kernel", dict(K=28672, P=64, BLOCK=32768),
-        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 16,
+        dict(out_ptr=E4M3, scale_ptr=F32, peak_ptr=F32, largest_ptr=F32), 8,
     ),
     "fp8 side": (
         "fp8", "_side_kernel", dict(P=64, ROWS=64),

@@ -2,6 +2,7 @@
 
     python tests/measure/gpu/evaluate_on_gpu.py                  an 8B shape on one GPU
     python tests/measure/gpu/evaluate_on_gpu.py --ways stock new without lm-eval's way
+    python tests/measure/gpu/evaluate_on_gpu.py --parts generation --old-rows 64
     python tests/measure/gpu/evaluate_on_gpu.py --shape small --device cpu --rows 24 --new-tokens 24
 
     choices      log likelihoods of four short answers per prompt
@@ -9,7 +10,7 @@
     generation   greedy generation; random weights never stop, so all answers have full length
 
 Prompts and answers have lengths like those of GSM8K. "old" is the class HFLM of lm-eval with
-batches of 8, "new" is the class that the evaluate step uses, with batches that fill the memory, and
+batches of 8, which has the less padding the more rows there are to sort, "new" is the class that the evaluate step uses, with batches that fill the memory, and
 "stock" is that class without fused layers. The weights are random. Prints rows per second, peak
 memory, and the largest difference of the log likelihoods of each pair of ways: "old" computes them
 in the model's dtype, "stock" and "new" in float32 from the same head.
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="Llama-3.1-8B")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", type=int, default=512, help="rows of each part")
-    parser.add_argument("--old-rows", type=int, default=64, help="rows of each part, old way")
+    parser.add_argument("--old-rows", type=int, help="rows of the old way; default: all")
     parser.add_argument("--new-tokens", type=int, default=256, help="length of generated answers")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -55,7 +56,9 @@ def main() -> None:
             if part == "generation" and way == "stock":
                 # Generation always runs the stock layers.
                 continue
-            num_rows = min(args.rows, args.old_rows) if way == "old" else args.rows
+            num_rows = args.rows
+            if way == "old":
+                num_rows = min(args.rows, args.old_rows or args.rows)
             requests, compute = prepare(lm, part, way, num_rows, args.new_tokens)
             # The first rows warm up the device. Fused layers are compiled for several lengths.
             compute(requests if way == "new" and part != "generation" else requests[:8])

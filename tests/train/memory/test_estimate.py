@@ -83,7 +83,7 @@ def test_a_fused_projection_is_kept_beside_its_parts(tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "length", "fp8", "measured"),
-    [(4, 2048, False, 46.97), (2, 512, False, 22.65)],
+    [(4, 2048, False, 46.97), (2, 512, False, 22.65), (4, 2048, True, 47.51)],
 )
 def test_estimate_knows_what_the_kernels_keep(rows, length, fp8, measured):
     settings = Settings(

@@ -170,7 +170,7 @@ def quantize_rows(x_TK: Tensor, side: Side | None = None) -> tuple[Tensor, Tenso
     _rows_kernel[(T,)](
         x_TK, *pointers,
         x_TK.stride(0), x_TK.stride(1), 0 if side is None else side.values_TP.stride(0),
-        x8.stride(0), K=K, P=P, BLOCK=block, num_warps=max(1, min(16, block // 1024)),
+        x8.stride(0), K=K, P=P, BLOCK=block, num_warps=max(1, min(8, block // 2048)),
     )  # fmt: skip
     return x8, scale_T
 
