@@ -134,7 +134,7 @@ def main() -> None:
     free = [case for case in args.cases if case.endswith("/free")]
     if free and {"tuneline", "tuneline-fp8"} <= set(args.engines):
         parser.error(
-            f"tuneline and tuneline-fp8 both keep what fits into the free memory in {free[0]}: give "
+            f"tuneline and tuneline-fp8 both keep what fits into the free memory in {free[0]}: run "
             "them in separate calls"
         )
     start = time.perf_counter()

@@ -10,10 +10,11 @@
     generation   greedy generation; random weights never stop, so all answers have full length
 
 Prompts and answers have lengths like those of GSM8K. "old" is the class HFLM of lm-eval with
-batches of 8, which has the less padding the more rows there are to sort, "new" is the class that the evaluate step uses, with batches that fill the memory, and
-"stock" is that class without fused layers. The weights are random. Prints rows per second, peak
-memory, and the largest difference of the log likelihoods of each pair of ways: "old" computes them
-in the model's dtype, "stock" and "new" in float32 from the same head.
+batches of 8, which have less padding the more rows there are to sort; "new" is the class that the
+evaluate step uses, with batches that fill the memory; and "stock" is that class without fused
+layers. The weights are random. Prints rows per second, peak memory, and the largest difference of
+the log likelihoods of each pair of ways: "old" computes them in the model's dtype, "stock" and
+"new" in float32 from the same head.
 """
 
 import argparse
