@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from patch_cases import batch, engine_of, make_model, make_nf4_model, step
+from peft import LoraConfig
 
 from tuneline.kernels import decisions
 from tuneline.kernels.decoder import operands
@@ -120,3 +121,48 @@ def test_layers_that_are_all_kept_leave_the_stash_alone(monkeypatch):
     step(model, batch())
     assert engine_of(model).last_kept.num_layers == len(calls) == 2
     assert [(call.stash, call.fetches) for call in calls] == [(None, False)] * 2
+
+
+def test_kept_fp8_weights_follow_every_change_of_the_adapters():
+    """Two adapters in turn, no adapter, other shapes between and sums of gradients."""
+    model = make_nf4_model()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    torch.manual_seed(5)
+    start = {name: 0.1 * torch.randn_like(model.get_parameter(name)) for name in names}
+
+    def run():
+        with torch.no_grad():
+            for name, value in start.items():
+                model.get_parameter(name).copy_(value)
+        found = []
+        turns = [("default", 1), ("default", 30), ("other", 1), ("default", 0.1), ("default", 2)]
+        for adapter, factor in turns:
+            model.set_adapter(adapter)
+            with torch.no_grad():
+                for name in names:
+                    if f".{adapter}." in name:
+                        # Not a multiple alone, whose bytes beside W8 and V8 may be the same.
+                        parameter = model.get_parameter(name)
+                        parameter.copy_(factor * parameter.roll(1, 0))
+            outstanding = model(**batch(1, 7)).loss
+            with torch.no_grad(), model.disable_adapter():
+                found.append(model(**batch(1, 5)).logits)
+            with torch.no_grad():
+                found.append(model(**batch(2, 6)).logits)
+            loss, grads = step(model, batch(1, 5))
+            outstanding.backward()
+            found += [loss, *grads.values()]
+            found += [p.grad for p in model.parameters() if p.grad is not None]
+        return found
+
+    patch(model, budget="lean", fp8=True)
+    want = run()
+    patch(model, budget=1, fp8=True)
+    got = run()
+    engine = engine_of(model)
+    assert engine.last_kept == Kept(2, 2, 2)
+    groups = [group for weights in engine.current.values() for group in weights.groups()]
+    assert sum(isinstance(group.place.arena, operands.Fp8Arena) for group in groups) == 6
+    assert len(got) == len(want)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
