@@ -231,6 +231,25 @@ def test_kept_fp8_operands_follow_the_adapters(sizes, generator, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+def test_an_arena_for_which_memory_ran_out_is_not_kept(generator, monkeypatch):
+    group = _nf4_group([(48, 16)], generator)
+    kind = torch.bfloat16 if generator.device.type == "cuda" else torch.float32
+    x = _activations(group, kind, generator)[0]
+    group.place.keep(True)
+
+    def scarce(*args, transposed=False, **kwargs):
+        if transposed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(operands_module, "nf4_to_fp8", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        group_operands(group, x)
+    assert group.place.arena is None
+    monkeypatch.undo()
+    group_operands(group, x)
+    assert group.place.arena.nbytes == group.arena_bytes(kind.itemsize)
+
+
 @pytest.mark.parametrize("sizes", [((96, 5), (32, 3), (32, 4)), ((48, 16),)])
 def test_fp8_operands_are_off_by_their_rounding_alone(sizes, generator):
     group = _nf4_group(sizes, generator)

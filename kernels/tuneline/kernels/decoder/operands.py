@@ -273,9 +273,10 @@ class Fp8Operands:
         if packs or kept is None:
             self._arena.pack()
         if group.place.is_kept and kept is None:
-            group.place.arena = self._arena
-            # Now, because a backward may be captured in a graph, whose memory is not kept.
+            # Now, because a backward may be captured in a graph, whose memory is not kept; and
+            # before the arena is kept, because memory may run out here.
             self._arena.rows(), self._arena.columns()
+            group.place.arena = self._arena
 
     def write_lora_columns(self, x_TKP: Tensor) -> None:
         """Fill the last P columns of X' with X A^T."""
