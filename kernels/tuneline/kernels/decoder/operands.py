@@ -1,16 +1,16 @@
 """A group's frozen weights and adapters as GEMM operands, in bf16 or fp8.
 
 All kinds of operands compute the equations of lora.py. *Wide* and *fp8* operands are created in
-each forward and in each backward, and then freed.
+each forward and in each backward, and then freed unless they are kept.
 
 *Stored*: the weights themselves, for a group with neither NF4 weights, adapters nor biases.
 *Wide*: one tensor [N + P, K + P] in the model's dtype (the arena) holds W, dequantised once, and
 the adapters: [W | sB ; A | unused]. Where memory is free (budget.py), the arena is kept, and each
 forward writes only the adapters again.
 *Fp8*: [W | sB] as e4m3 rows for the forward, [W^T | A^T] as e4m3 rows for the input gradient, each
-computed when it is first used, or kept where memory is free. X and dY are quantised row by row,
-together with the adapter columns (X A^T or G). X A^T, G and the adapters' gradients are computed by
-bf16 GEMMs.
+computed when it is first used. Where memory is free, both are kept, and each forward writes only
+the adapters again. X and dY are quantised row by row, together with the adapter columns (X A^T or
+G). X A^T, G and the adapters' gradients are computed by bf16 GEMMs.
 """
 
 from __future__ import annotations
