@@ -1,5 +1,7 @@
 """A group's GEMM operands, in the model's dtype and in fp8, against one linear at a time."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -248,6 +250,21 @@ def test_an_arena_for_which_memory_ran_out_is_not_kept(generator, monkeypatch):
     monkeypatch.undo()
     group_operands(group, x)
     assert group.place.arena.nbytes == group.arena_bytes(kind.itemsize)
+
+
+def test_an_adapter_beside_fp8_weights_that_are_all_zero(generator):
+    group = _nf4_group([(48, 16)], generator)
+    weight = group.linears[0].weight
+    weight.absmax.zero_()
+    group = dataclasses.replace(group, largest=largest_weight([weight]))
+    kind = torch.bfloat16 if generator.device.type == "cuda" else torch.float32
+    x, dy, _ = _activations(group, kind, generator)
+    ours, truth = (
+        _run(group_operands(group, x), group, x, dy),
+        _reference(group, x, dy, torch.double),
+    )
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).norm() < 0.06 * b.norm()
 
 
 @pytest.mark.parametrize("sizes", [((96, 5), (32, 3), (32, 4)), ((48, 16),)])

@@ -159,8 +159,13 @@ def test_layers_write_over_their_input_unless_others_may_read_it(monkeypatch):
         model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(output))
         found.append(model.model(**arguments)[0])
         assert len(copies) == 3
+    # Only layers that are patched for inference do.
+    model.model.layers[0]._forward_hooks.clear()
+    patch(model.requires_grad_(False).train())
+    found.append(model.model(**arguments)[0])
+    assert len(copies) == 6
     assert torch.equal(embeddings, before)
-    assert_close(found + seen, [expected[0]] * 2 + [expected.hidden_states[1]])
+    assert_close(found + seen, [expected[0]] * 3 + [expected.hidden_states[1]])
 
 
 def test_all_other_forwards_are_the_stock_ones(fused_calls):
