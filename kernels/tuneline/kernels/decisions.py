@@ -97,10 +97,13 @@ class ModelCall:
     head: HostHead | None = None
     head_at: int = 0
     """Index of the layer at which the copy of the head to the GPU begins."""
-    selects: bool = False
-    """Whether the last layer returns the hidden states of the selected tokens only."""
     addresses: tuple[Any, ...] = ()
     """What a graph of these layers depends on; see `graph_addresses`."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether the last layer returns the hidden states of the selected tokens only."""
+        return any(call.selected_S is not None for _, call in self.layers.values())
 
     def again(self, plan: AttentionPlan) -> ModelCall:
         """Return the same decisions for the sequences of another forward."""
@@ -174,8 +177,7 @@ def decide(
                 selected_S=selected_S if index == end else None,
             )
             layers[index] = weights, of_layer
-        selects = selected_S is not None and end in layers
-        return ModelCall(layers, head=engine.head, head_at=head_at, selects=selects)
+        return ModelCall(layers, head=engine.head, head_at=head_at)
     # After its capture, a graph occupies memory that is then not free. So the choice that was made
     # before the capture is used again.
     graph_tokens = num_tokens if room is None else room.num_tokens

@@ -75,3 +75,19 @@ def is_replayed(num_weights: int, num_tokens: int, *, fp8: bool) -> bool:
     """
     most = GRAPH_MAX_TOKENS_FP8 if fp8 else GRAPH_MAX_TOKENS
     return equal_tokens(num_weights, num_tokens) <= most
+
+
+def arena_bytes(num_out: int, num_in: int, num_columns: int, itemsize: int, *, fp8: bool) -> int:
+    """Return the bytes of a group's dequantised weights with its adapters, see decoder/operands.py.
+
+    Args:
+        num_out: Outputs of all linears of the group.
+        num_in: Inputs of each linear.
+        num_columns: Columns of the adapters, padded.
+        itemsize: Bytes per element of an activation.
+        fp8: Whether the group is computed in fp8. Weights and adapters are then held in fp8, for
+            the forward and transposed, and the adapters also in the dtype of the activations.
+    """
+    if not fp8:
+        return itemsize * (num_out + num_columns) * (num_in + num_columns)
+    return 2 * num_out * num_in + (itemsize + 1) * num_columns * (num_out + num_in)

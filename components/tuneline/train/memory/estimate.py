@@ -37,6 +37,7 @@ from tuneline.kernels.limits import (
     MIN_ADAPTER_COLUMNS,
     MLP_CHUNK_TOKENS,
     STASH_MIN_TOKENS,
+    arena_bytes,
     is_replayed,
 )
 from tuneline.models.nf4_layout import BLOCKSIZE
@@ -354,12 +355,7 @@ def _wide_bytes(shape: Shape, itemsize: int, room: int, fp8: bool) -> int:
         (2 * shape.mlp, shape.hidden),
         (shape.hidden, shape.mlp),
     ]
-    columns = MIN_ADAPTER_COLUMNS
-    if fp8:
-        # Weights and adapters in fp8, for the forward and transposed; adapters in the compute type.
-        layer = sum(2 * n * k + (itemsize + 1) * columns * (n + k) for n, k in sizes)
-    else:
-        layer = itemsize * sum((n + columns) * (k + columns) for n, k in sizes)
+    layer = sum(arena_bytes(n, k, MIN_ADAPTER_COLUMNS, itemsize, fp8=fp8) for n, k in sizes)
     return min(shape.num_layers, room // layer) * layer
 
 

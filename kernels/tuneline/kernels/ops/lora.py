@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS
+from tuneline.kernels.limits import MIN_ADAPTER_COLUMNS, arena_bytes
 from tuneline.kernels.ops._dispatch import use_kernel
 from tuneline.kernels.ops.flatten import Scaled
 from tuneline.kernels.ops.nf4 import NF4Weight
@@ -139,10 +139,8 @@ class LoraGroup:
 
     def arena_bytes(self, itemsize: int) -> int:
         """Return the bytes of the arena, for activations of `itemsize` bytes."""
-        N, K, P = self.num_out, self.num_in, self.num_columns
-        if self.largest is None:
-            return itemsize * (N + P) * (K + P)
-        return 2 * N * K + (itemsize + 1) * P * (N + K)
+        sizes = self.num_out, self.num_in, self.num_columns
+        return arena_bytes(*sizes, itemsize, fp8=self.largest is not None)
 
     def blocks(self, db_NP: Tensor) -> list[Tensor]:
         """Return the diagonal blocks of dY^T (X A^T): [N, r] of each linear."""
